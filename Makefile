@@ -1,0 +1,99 @@
+# Everything a checkout can do. Each target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+#
+# FASTREF_DEBUG=1 and FASTREF_SANITIZE=address,undefined go with any target, for example `make test FASTREF_DEBUG=1`.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+ASV_ARGS ?=
+FASTREF_DEBUG ?=
+FASTREF_SANITIZE ?=
+export FASTREF_DEBUG FASTREF_SANITIZE
+
+PY := $(VENV)/bin/python
+comma := ,
+MODE := $(if $(filter-out 0,$(FASTREF_DEBUG)),debug,release)$(addprefix -,$(subst $(comma),-,$(FASTREF_SANITIZE)))
+VENV_STAMP := $(VENV)/.installed
+BUILD_STAMP := build/built-$(MODE)
+SOURCES := $(shell find fastref -name '*.py[xd]' -o -name '*.h')
+
+# An instrumented extension needs its run-time library before the interpreter's own symbols.
+ifneq (,$(findstring address,$(FASTREF_SANITIZE)))
+INSTRUMENTED := LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+endif
+
+.PHONY: demo test gates model tsan debug build lint format types docs bench-quick clean
+
+demo: build
+	$(INSTRUMENTED) $(PY) examples/parameter_server.py --compare
+
+test: build
+	$(INSTRUMENTED) $(PY) -m pytest $(PYTEST_ARGS)
+
+gates: build
+	$(INSTRUMENTED) $(PY) -m pytest -m gates $(PYTEST_ARGS)
+
+model: build
+	$(PY) -m tests.model
+
+debug:
+	$(MAKE) build FASTREF_DEBUG=1
+
+build: $(BUILD_STAMP)
+
+lint: $(VENV_STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV_STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: build
+	$(PY) -m mypy
+
+docs: build
+	$(PY) -m sphinx -W --keep-going -q docs build/docs
+
+bench-quick: build
+	cd asv_bench && $(abspath $(PY)) -m asv run --python=same --quick --strict --show-stderr $(ASV_ARGS)
+
+# Thread sanitizer needs the address space it knows, hence no randomization where the system lets us say so.
+TSAN_TESTS := $(patsubst tests/c/%.c,build/tsan/%,$(wildcard tests/c/*.c))
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+tsan: $(TSAN_TESTS)
+	@test -n "$(TSAN_TESTS)" || { echo "tsan: nothing in tests/c" >&2; exit 1; }
+	@for test in $(TSAN_TESTS); do \
+		echo "$$test"; TSAN_OPTIONS=halt_on_error=1 $(FIXED_ADDRESSES) $$test || exit 1; \
+	done
+
+build/tsan/%: tests/c/%.c $(wildcard fastref/_c/*.h tests/c/*.h)
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -O1 -g -Wall -Wextra -fsanitize=thread -pthread -Ifastref/_c $< -o $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
+	find fastref -name '*.so' -delete -o -name '*.c' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The packages named in pyproject.toml, at the versions in constraints.txt. The checkout is put on the path of the
+# environment by a .pth file: programs and tests then run on the tree itself, and a change costs one incremental build.
+$(VENV_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import tomllib; \
+		conf = tomllib.load(open("pyproject.toml", "rb")); project = conf["project"]; \
+		extras = project["optional-dependencies"].values(); \
+		print(*conf["build-system"]["requires"], *project["dependencies"], *sum(extras, []), sep="\n")' \
+		> $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/requirements.txt
+	echo "$(CURDIR)" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fastref-checkout.pth
+	touch $@
+
+# The tree holds the extensions of one mode at a time; those of another are removed, since a copy only replaces older ones.
+$(BUILD_STAMP): $(VENV_STAMP) setup.py $(SOURCES)
+	@mkdir -p build
+	@ls build/built-* 2>/dev/null | grep -qxF $@ || find fastref -name '*.so' -delete
+	@rm -f build/built-*
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@

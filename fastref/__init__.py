@@ -1,0 +1,1 @@
+"""fastref: remote references for Python and PyTorch."""

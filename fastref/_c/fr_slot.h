@@ -1,0 +1,71 @@
+/* Response slots: where a callee leaves a small answer for a caller that waits for it.
+ *
+ * A slot lies in the caller's segment. Its state word holds a 48-bit call number and a state; every change
+ * that another process can race with is one compare-and-swap on the whole word, so an answer that comes too
+ * late can never reach a later call.
+ *
+ *   FREE -> PENDING (caller) -> WRITING (callee) -> DONE (callee) -> FREE with the next number (caller)
+ *   PENDING -> FREE with the next number   the caller gave up before the callee began to write
+ *   WRITING -> ABANDONED (caller gave up) -> FREE with the next number (callee; or the caller, callee dead) */
+#ifndef FR_SLOT_H
+#define FR_SLOT_H
+
+#include "fr_atomic.h"
+
+#define FR_SLOT_ROOM 224
+
+enum { FR_SLOT_FREE = 0, FR_SLOT_PENDING = 1, FR_SLOT_WRITING = 2, FR_SLOT_DONE = 3, FR_SLOT_ABANDONED = 4 };
+
+struct fr_slot {            /* in shared memory, 256 bytes */
+    uint64_t state;         /* call number << 16 | state */
+    uint32_t sleeping;      /* futex word: 1 while the caller sleeps on it */
+    uint32_t size;          /* bytes of the answer */
+    uint32_t flags;         /* how to read them; the runtime's business */
+    uint32_t pad[3];
+    char data[FR_SLOT_ROOM];
+};
+
+FR_INLINE uint64_t fr_slot_word(uint64_t number, unsigned state) { return number << 16 | state; }
+FR_INLINE uint64_t fr_slot_number(uint64_t word) { return word >> 16; }
+FR_INLINE unsigned fr_slot_state(uint64_t word) { return word & 0xffff; }
+
+/* Caller: begin call `number` in a free slot that is privately ours. */
+FR_INLINE void fr_slot_begin(struct fr_slot *s, uint64_t number)
+{
+    fr_store32_relaxed(&s->sleeping, 0);
+    fr_store_release(&s->state, fr_slot_word(number, FR_SLOT_PENDING)); /* relaxed would do: the request publishes it */
+}
+
+/* Callee: claim the slot for the answer of call `number`. 0: the caller has given up. */
+FR_INLINE int fr_slot_claim(struct fr_slot *s, uint64_t number)
+{
+    return fr_cas(&s->state, fr_slot_word(number, FR_SLOT_PENDING), fr_slot_word(number, FR_SLOT_WRITING));
+}
+
+/* Callee: the answer is written. 0: the caller gave up meanwhile, and the slot has been freed for it. */
+static inline int fr_slot_finish(struct fr_slot *s, uint64_t number)
+{
+    /* SYNC: the answer before DONE; pairs with the caller's acquire load of state. */
+    if (!fr_cas(&s->state, fr_slot_word(number, FR_SLOT_WRITING), fr_slot_word(number, FR_SLOT_DONE))) {
+        fr_cas(&s->state, fr_slot_word(number, FR_SLOT_ABANDONED), fr_slot_word(number, FR_SLOT_FREE));
+        return 0;
+    }
+    fr_fence(); /* SYNC: DONE before sleeping; pairs with the caller's sleeping before state */
+    if (fr_load32_relaxed(&s->sleeping)) {
+        fr_store32_release(&s->sleeping, 0);
+        fr_futex_wake(&s->sleeping, 1);
+    }
+    return 1;
+}
+
+/* Caller: give up. 1: the slot is free now. 0: DONE after all. -1: abandoned, the callee will free it. */
+static inline int fr_slot_give_up(struct fr_slot *s, uint64_t number)
+{
+    if (fr_cas(&s->state, fr_slot_word(number, FR_SLOT_PENDING), fr_slot_word(number, FR_SLOT_FREE)))
+        return 1;
+    if (fr_cas(&s->state, fr_slot_word(number, FR_SLOT_WRITING), fr_slot_word(number, FR_SLOT_ABANDONED)))
+        return -1;
+    return 0;
+}
+
+#endif

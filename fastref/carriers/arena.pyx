@@ -1,0 +1,141 @@
+"""The shared carrier: blocks in memory that this process writes and its peers map read-only."""
+
+from threading import Lock
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy
+
+from fastref.errors import ProtocolError, ResourceError, UsageError
+
+__all__ = ["Arena", "PeerArena"]
+
+cdef enum:
+    SMALLEST = 4096
+    STEPS = 8               # size classes in each doubling: at most 12.5 % of a block is unused
+    COMMIT_STEP = 1 << 20   # memory is made sure of in steps of at least this much
+
+cdef extern from *:
+    int __builtin_clzll(unsigned long long) nogil
+
+
+cdef uint64_t _rounded(uint64_t size_bytes) noexcept nogil:
+    """The size class that a block of this size comes from."""
+    cdef uint64_t step
+    if size_bytes <= SMALLEST:
+        return SMALLEST
+    step = (<uint64_t>1 << (63 - __builtin_clzll(size_bytes - 1))) // STEPS
+    return (size_bytes + step - 1) // step * step
+
+
+cdef class Arena:
+    """Lend blocks of this process's shared memory.
+
+    Parameters
+    ----------
+    memory : writable buffer
+        The whole arena; only the part that was committed has pages behind it.
+    commit : callable(offset, size_bytes)
+        Makes sure of the memory of a range before it is touched, or raises ``ResourceError``.
+    """
+
+    def __init__(self, memory, commit):
+        cdef unsigned char[::1] room = memory
+        self._memory = memoryview(memory)
+        self.base = <char*>&room[0]
+        self.limit = room.shape[0]
+        self._commit = commit
+        self._lock = Lock()
+        self._lent = {}
+        self._free = {}
+
+    cpdef uint64_t lend(self, uint64_t size_bytes) except? 0xFFFFFFFFFFFFFFFF:
+        """Return the offset of a block of at least ``size_bytes``, for the caller to fill; a multiple of 4096.
+
+        Raises
+        ------
+        ResourceError
+            When the arena's limit is reached or the system has no memory for it.
+        """
+        cdef uint64_t rounded = _rounded(size_bytes), offset, wanted
+        with self._lock:
+            waiting = self._free.get(rounded)
+            if waiting:
+                offset = waiting.pop()
+            else:
+                if rounded > self.limit - self.top:
+                    raise ResourceError(f"an arena of {self.limit} bytes has no room for a block of {size_bytes}; "
+                                        f"{self.bytes_lent} bytes are lent now")
+                if self.top + rounded > self.committed:
+                    wanted = min(max(rounded, <uint64_t>COMMIT_STEP), self.limit - self.committed)
+                    wanted = max(wanted, self.top + rounded - self.committed)
+                    self._commit(self.committed, wanted)
+                    self.committed += wanted
+                offset = self.top
+                self.top += (rounded + 4095) // 4096 * 4096
+            self._lent[offset] = rounded
+            self.bytes_lent += rounded
+        return offset
+
+    cpdef int give_back(self, uint64_t offset) except -1:
+        """Take a block back; nobody reads it any more.
+
+        Raises
+        ------
+        UsageError
+            When no such block is lent.
+        """
+        with self._lock:
+            rounded = self._lent.pop(offset, None)
+            if rounded is None:
+                raise UsageError(f"no block is lent at {offset}")
+            self._free.setdefault(rounded, []).append(offset)
+            self.bytes_lent -= rounded
+        return 0
+
+    def fill(self, offset: int, data) -> None:
+        """Copy bytes into a block that is lent."""
+        cdef const unsigned char[::1] source = data
+        if offset not in self._lent or source.shape[0] > self._lent[offset]:
+            raise UsageError(f"{source.shape[0]} bytes do not fit in a block lent at {offset}")
+        if source.shape[0]:
+            memcpy(self.base + <uint64_t>offset, &source[0], source.shape[0])
+
+    def snapshot(self) -> dict:
+        """Plain figures: limit, committed, blocks and bytes lent."""
+        with self._lock:
+            return dict(limit=self.limit, committed=self.committed, used=self.top, blocks=len(self._lent),
+                        bytes_lent=self.bytes_lent)
+
+
+cdef class PeerArena:
+    """Read blocks that a peer lends.
+
+    Parameters
+    ----------
+    memory : buffer
+        The peer's arena, mapped read-only.
+    """
+
+    def __init__(self, memory):
+        cdef const unsigned char[::1] room = memory
+        self._memory = memoryview(memory)
+        self.base = <const char*>&room[0]
+        self.size_bytes = room.shape[0]
+
+    cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL:
+        if offset > self.size_bytes or size_bytes > self.size_bytes - offset:
+            raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
+        return self.base + offset
+
+    def view(self, offset: int, size_bytes: int) -> memoryview:
+        """Return a read-only view of a block.
+
+        Raises
+        ------
+        ProtocolError
+            When it is not inside the arena.
+        """
+        if offset < 0 or size_bytes < 0:
+            raise ProtocolError(f"a block of {size_bytes} bytes at {offset}")
+        self.borrow(offset, size_bytes)
+        return memoryview(self._memory).cast("B")[offset:offset + size_bytes].toreadonly()

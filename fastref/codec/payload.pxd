@@ -1,0 +1,42 @@
+"""The buffer that payloads are written into, and the checked reader of one."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+
+cdef struct Segment:
+    # Bytes that are copied once, straight to their destination: `size` bytes at `start`, behind `position` of the stream.
+    uint64_t position
+    const char* start
+    uint64_t size
+
+
+cdef class Encoder:
+    cdef char* data
+    cdef uint64_t size, room
+    cdef Segment* segments
+    cdef unsigned segment_count, segment_room
+    cdef uint64_t segment_bytes
+    cdef list references            # RRefs met, in the order of their numbers
+    cdef list kept                  # objects whose memory the segments point into
+    cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
+    cdef unsigned seen_count
+
+    cdef void reset(self) noexcept
+    cdef char* grow(self, uint64_t size) except NULL
+    cdef int raw(self, const void* start, uint64_t size) except -1
+    cdef int tag32(self, char tag, uint32_t number) except -1
+    cdef int segment(self, const char* start, uint64_t size, object keep) except -1
+    cdef bint first_meeting(self, object value) noexcept
+    cdef uint64_t total(self) noexcept nogil
+    cdef void copy_to(self, char* target) noexcept nogil
+
+
+cdef class Decoder:
+    cdef const char* start
+    cdef const char* at
+    cdef const char* end
+    cdef list references
+
+    cdef const char* take(self, uint64_t size) except NULL
+    cdef const char* aligned(self, uint64_t size) except NULL
+    cdef uint32_t number(self) except? 0xFFFFFFFF

@@ -1,0 +1,124 @@
+"""The buffer that payloads are written into, and the checked reader of one."""
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
+
+from fastref.errors import ProtocolError
+
+cdef enum:
+    ALIGNMENT = 64
+
+
+cdef class Encoder:
+    """A growing buffer; large tensors are remembered as segments and copied only once, to where they go."""
+
+    def __cinit__(self):
+        self.references = []
+        self.kept = []
+
+    def __dealloc__(self):
+        free(self.data)
+        free(self.segments)
+
+    cdef void reset(self) noexcept:
+        """Empty the buffer, keeping its memory unless it has grown large."""
+        self.size = self.segment_bytes = 0
+        self.segment_count = self.seen_count = 0
+        if self.references:
+            self.references = []
+        if self.kept:
+            self.kept = []
+        if self.room > 1 << 20:
+            free(self.data)
+            self.data, self.room = NULL, 0
+
+    cdef char* grow(self, uint64_t size) except NULL:
+        """Room for ``size`` more bytes."""
+        cdef uint64_t room
+        cdef char* data
+        if self.size + size > self.room:
+            room = max(self.size + size, self.room * 2, 512)
+            data = <char*>realloc(self.data, room)
+            if data == NULL:
+                raise MemoryError()
+            self.data, self.room = data, room
+        self.size += size
+        return self.data + self.size - size
+
+    cdef int raw(self, const void* start, uint64_t size) except -1:
+        memcpy(self.grow(size), start, size)
+        return 0
+
+    cdef int tag32(self, char tag, uint32_t number) except -1:
+        cdef char* at = self.grow(5)
+        at[0] = tag
+        memcpy(at + 1, &number, 4)
+        return 0
+
+    cdef int segment(self, const char* start, uint64_t size, object keep) except -1:
+        """Append bytes that stay where they are until ``copy_to``; they begin at a multiple of 64."""
+        cdef Segment* segments
+        cdef uint64_t padding = (ALIGNMENT - self.total() % ALIGNMENT) % ALIGNMENT
+        cdef char* zeros = self.grow(padding) if padding else NULL
+        for i in range(padding):
+            zeros[i] = 0
+        if self.segment_count == self.segment_room:
+            segments = <Segment*>realloc(self.segments, (self.segment_room * 2 + 8) * sizeof(Segment))
+            if segments == NULL:
+                raise MemoryError()
+            self.segments, self.segment_room = segments, self.segment_room * 2 + 8
+        self.segments[self.segment_count] = Segment(self.size, start, size)
+        self.segment_count += 1
+        self.segment_bytes += size
+        self.kept.append(keep)
+        return 0
+
+    cdef uint64_t total(self) noexcept nogil:
+        """Bytes of the whole payload."""
+        return self.size + self.segment_bytes
+
+    cdef void copy_to(self, char* target) noexcept nogil:
+        """Write the payload to its destination, ``total()`` bytes."""
+        cdef uint64_t done = 0
+        cdef Segment* segment
+        for i in range(self.segment_count):
+            segment = &self.segments[i]
+            memcpy(target, self.data + done, segment.position - done)
+            target += segment.position - done
+            done = segment.position
+            memcpy(target, segment.start, segment.size)
+            target += segment.size
+        if self.size > done:
+            memcpy(target, self.data + done, self.size - done)
+
+    cdef bint first_meeting(self, object value) noexcept:
+        """Remember a mutable object; False when it was met before, or when there are too many to remember."""
+        cdef unsigned i
+        for i in range(self.seen_count):
+            if self.seen[i] == <void*>value:
+                return False
+        if self.seen_count == 32:
+            return False
+        self.seen[self.seen_count] = <void*>value
+        self.seen_count += 1
+        return True
+
+
+cdef class Decoder:
+    """Read what an Encoder wrote. Every length is checked against the bytes that are there."""
+
+    cdef const char* take(self, uint64_t size) except NULL:
+        if <uint64_t>(self.end - self.at) < size:
+            raise ProtocolError(f"a payload ends {size - (self.end - self.at)} bytes too early")
+        self.at += size
+        return self.at - size
+
+    cdef const char* aligned(self, uint64_t size) except NULL:
+        self.take((ALIGNMENT - (self.at - self.start) % ALIGNMENT) % ALIGNMENT)
+        return self.take(size)
+
+    cdef uint32_t number(self) except? 0xFFFFFFFF:
+        cdef uint32_t number
+        memcpy(&number, self.take(4), 4)
+        return number

@@ -1,0 +1,163 @@
+"""Plain CPU tensors in the fast encoding, made and read through DLPack.
+
+Plain: exactly ``torch.Tensor``, on the CPU, strided, contiguous, no gradient. All others go through pickle.
+Source of the structures: the DLPack specification, https://dmlc.github.io/dlpack, unversioned capsules.
+"""
+
+from cpython.object cimport PyObject, PyTypeObject
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New, PyCapsule_SetName
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint64_t, uint8_t
+from libc.stdlib cimport free
+from libc.string cimport memcpy
+
+import torch
+
+from fastref.codec.payload cimport Decoder, Encoder
+from fastref.errors import ProtocolError
+
+cdef extern from "Python.h":
+    PyTypeObject* Py_TYPE(object)
+
+cdef extern from "stdlib.h":
+    int posix_memalign(void** out, size_t alignment, size_t size)
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <stdlib.h>
+    struct fr_dl_device { int32_t device_type, device_id; };
+    struct fr_dl_type { uint8_t code, bits; uint16_t lanes; };
+    struct fr_dl_tensor {
+        void *data; struct fr_dl_device device; int32_t ndim; struct fr_dl_type dtype;
+        int64_t *shape, *strides; uint64_t byte_offset;
+    };
+    struct fr_dl_managed { struct fr_dl_tensor tensor; void *context; void (*deleter)(struct fr_dl_managed *); };
+    /* Runs on any thread, with or without the interpreter lock. */
+    static void fr_dl_free(struct fr_dl_managed *managed) { free(managed); }
+    """
+    struct fr_dl_device:
+        int32_t device_type
+        int32_t device_id
+    struct fr_dl_type:
+        uint8_t code
+        uint8_t bits
+        uint16_t lanes
+    struct fr_dl_tensor:
+        void* data
+        fr_dl_device device
+        int32_t ndim
+        fr_dl_type dtype
+        int64_t* shape
+        int64_t* strides
+        uint64_t byte_offset
+    struct fr_dl_managed:
+        fr_dl_tensor tensor
+        void* context
+        void (*deleter)(fr_dl_managed*)
+    void fr_dl_free(fr_dl_managed*)
+
+cdef enum:
+    CPU = 1
+    MOST_DIMENSIONS = 16
+    SEGMENT_FROM = 2048     # smaller tensors are copied into the stream at once
+    ROOM_FOR_HEADER = 512   # the managed structure and its shape lie before the data, in one allocation
+
+cdef struct TensorHeader:
+    uint8_t code
+    uint8_t bits
+    uint8_t ndim
+    uint8_t unused
+    uint64_t size
+
+cdef object strided = torch.strided
+cdef object to_dlpack = torch.utils.dlpack.to_dlpack
+cdef object from_dlpack = torch._C._from_dlpack
+cdef object Tensor = torch.Tensor
+cdef PyObject* tensor_type = <PyObject*>Tensor
+
+
+cdef bint is_plain_tensor(object value) noexcept:
+    return <PyObject*>Py_TYPE(value) == tensor_type
+
+
+cdef int write_tensor(Encoder encoder, object tensor) except -1:
+    """Append a tensor; False when it is not plain."""
+    cdef fr_dl_managed* managed
+    cdef fr_dl_tensor* t
+    cdef TensorHeader header
+    cdef int64_t elements = 1
+    cdef char* at
+    cdef int i
+    if tensor.requires_grad or tensor.layout is not strided or not tensor.is_cpu:
+        return False
+    if tensor.is_neg() or not tensor.is_contiguous():
+        return False
+    try:
+        capsule = to_dlpack(tensor)
+    except (RuntimeError, BufferError):  # a dtype that DLPack does not know, a conjugated view, a quantized tensor
+        return False
+    managed = <fr_dl_managed*>PyCapsule_GetPointer(capsule, "dltensor")
+    t = &managed.tensor
+    if t.device.device_type != CPU or t.dtype.lanes != 1 or t.dtype.bits < 8 or t.dtype.bits & 7 or t.ndim > MOST_DIMENSIONS:
+        return False
+    for i in range(t.ndim):
+        elements *= t.shape[i]
+    header.code, header.bits, header.ndim, header.unused = t.dtype.code, t.dtype.bits, t.ndim, 0
+    header.size = elements * (t.dtype.bits // 8)
+    at = encoder.grow(1 + sizeof(TensorHeader) + t.ndim * 8)
+    at[0] = c'X'
+    memcpy(at + 1, &header, sizeof(TensorHeader))
+    memcpy(at + 1 + sizeof(TensorHeader), t.shape, t.ndim * 8)
+    if header.size >= SEGMENT_FROM:
+        encoder.segment(<char*>t.data + t.byte_offset, header.size, capsule)
+    elif header.size:
+        encoder.raw(<char*>t.data + t.byte_offset, header.size)
+    return True
+
+
+cdef object read_tensor(Decoder decoder):
+    """Make a tensor of its own memory from the next bytes."""
+    cdef TensorHeader header
+    cdef int64_t[MOST_DIMENSIONS] shape
+    cdef uint64_t elements = 1
+    cdef char* memory
+    cdef fr_dl_managed* managed
+    cdef const char* data
+    cdef int64_t* sizes
+    cdef int i
+    memcpy(&header, decoder.take(sizeof(TensorHeader)), sizeof(TensorHeader))
+    if header.ndim > MOST_DIMENSIONS or header.bits < 8 or header.bits & 7 or header.code > 6:
+        raise ProtocolError(f"a tensor of {header.ndim} dimensions and {header.bits} bits of kind {header.code}")
+    memcpy(&shape[0], decoder.take(header.ndim * 8), header.ndim * 8)
+    for i in range(header.ndim):
+        if shape[i] < 0 or (shape[i] and elements > (<uint64_t>1 << 48) // <uint64_t>shape[i]):
+            raise ProtocolError(f"a tensor with a dimension of {shape[i]}")
+        elements *= shape[i]
+    if elements * (header.bits // 8) != header.size:
+        raise ProtocolError(f"a tensor of {elements} elements of {header.bits} bits in {header.size} bytes")
+    data = decoder.aligned(header.size) if header.size >= SEGMENT_FROM else decoder.take(header.size)
+    if posix_memalign(<void**>&memory, 64, ROOM_FOR_HEADER + header.size):
+        raise MemoryError(f"no memory for a tensor of {header.size} bytes")
+    managed = <fr_dl_managed*>memory
+    sizes = <int64_t*>(memory + sizeof(fr_dl_managed))
+    memcpy(sizes, &shape[0], header.ndim * 8)
+    managed.tensor.data = memory + ROOM_FOR_HEADER
+    managed.tensor.device.device_type = CPU
+    managed.tensor.device.device_id = 0
+    managed.tensor.ndim = header.ndim
+    managed.tensor.dtype.code, managed.tensor.dtype.bits, managed.tensor.dtype.lanes = header.code, header.bits, 1
+    managed.tensor.shape = sizes
+    managed.tensor.strides = NULL
+    managed.tensor.byte_offset = 0
+    managed.context = NULL
+    managed.deleter = fr_dl_free
+    if header.size > 65536:
+        with nogil:
+            memcpy(memory + ROOM_FOR_HEADER, data, header.size)
+    else:
+        memcpy(memory + ROOM_FOR_HEADER, data, header.size)
+    try:
+        return from_dlpack(PyCapsule_New(managed, "dltensor", NULL))
+    except BaseException:
+        free(memory)
+        raise

@@ -1,0 +1,127 @@
+"""Every error fastref raises, as one tree.
+
+``FastrefError`` derives from ``RuntimeError``, so that programs written for
+``torch.distributed.rpc``, which catch ``RuntimeError``, keep working.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FastrefError",
+    "UsageError",
+    "NotInitialized",
+    "ForkedProcessError",
+    "IdsExhausted",
+    "PeerError",
+    "WorkerDied",
+    "OwnerDied",
+    "ReferenceLost",
+    "CallTimeout",
+    "RemoteError",
+    "ProtocolError",
+    "ResourceError",
+    "RendezvousError",
+]
+
+
+class FastrefError(RuntimeError):
+    """Base of every error that fastref raises on its own account."""
+
+
+class UsageError(FastrefError):
+    """The program broke a rule of the API."""
+
+
+class NotInitialized(UsageError):
+    """A call was made before ``init_rpc`` or after ``shutdown``."""
+
+
+class ForkedProcessError(UsageError):
+    """A child made by ``os.fork`` touched the runtime of its parent."""
+
+
+class IdsExhausted(UsageError):
+    """A worker has minted all ids that 48 bits can number."""
+
+
+class ResourceError(FastrefError):
+    """The system refused memory, descriptors or shared memory; nothing was lost."""
+
+
+class RendezvousError(FastrefError):
+    """The workers of a job could not agree on who they are."""
+
+
+class PeerError(FastrefError):
+    """The other end, or the way to it, failed.
+
+    Attributes
+    ----------
+    worker : str
+        Name of the worker at the other end, empty when it is not known.
+    """
+
+    def __init__(self, message: str, worker: str = "") -> None:
+        super().__init__(message)
+        self.worker = worker
+
+    def __reduce__(self) -> tuple:
+        return (_rebuild_peer_error, (type(self), str(self), dict(self.__dict__)))
+
+
+class WorkerDied(PeerError):
+    """The process at the other end is gone.
+
+    Attributes
+    ----------
+    name, rank, pid
+        The worker as it was known to the job.
+    """
+
+    def __init__(self, name: str, rank: int, pid: int, detail: str = "") -> None:
+        message = f"worker {name!r} (rank {rank}, pid {pid}) died"
+        super().__init__(f"{message}: {detail}" if detail else message, name)
+        self.name, self.rank, self.pid = name, rank, pid
+
+
+class OwnerDied(WorkerDied):
+    """The process that owned a reference is gone, and the value with it."""
+
+
+class ReferenceLost(PeerError):
+    """A reference ended before it could be taken: its sender died on the way."""
+
+
+class CallTimeout(PeerError):
+    """A call, fetch or wait ran past its deadline."""
+
+
+class ProtocolError(FastrefError):
+    """A peer sent something that no correct peer sends."""
+
+
+class RemoteError(FastrefError):
+    """A function that was called on another worker raised.
+
+    It is raised as a subclass, made on the spot, of ``RemoteError`` and of the
+    original type, so that ``except ValueError`` and ``except RemoteError`` both work.
+
+    Attributes
+    ----------
+    remote_traceback : str
+        The traceback as text, formatted where the function ran.
+    __cause__ : BaseException or None
+        The original exception, when it could be pickled.
+    """
+
+    remote_traceback: str = ""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+def _rebuild_peer_error(kind: type, message: str, state: dict) -> PeerError:
+    error = kind.__new__(kind, message)
+    error.args = (message,)
+    error.__dict__.update(state)
+    return error

@@ -1,0 +1,51 @@
+"""The result of an asynchronous call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+__all__ = ["Future"]
+
+T = TypeVar("T")
+
+
+class Future(torch.futures.Future, Generic[T]):
+    """A ``torch.futures.Future`` that Ctrl-C can interrupt and asyncio can await.
+
+    ``torch.futures.wait_all`` and ``collect_all`` take it like any other.
+
+    Callbacks given to ``then`` and ``add_done_callback`` run on the thread that received the answer; they must not
+    wait for other answers there.
+    """
+
+    _pending: Any = None  # what the runtime waits on; None for a future that the program made itself
+
+    def wait(self) -> T:
+        """Return the result, or raise what the call raised.
+
+        Raises
+        ------
+        RemoteError, CallTimeout, WorkerDied
+            As ``rpc_sync`` would.
+        KeyboardInterrupt
+            On Ctrl-C; the call goes on.
+        """
+        if self._pending is not None:
+            self._pending.wait()
+        return super().wait()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self.done():
+            loop = asyncio.get_running_loop()
+            arrived = loop.create_future()
+
+            def tell(_: Any) -> None:
+                loop.call_soon_threadsafe(lambda: arrived.done() or arrived.set_result(None))
+
+            self.add_done_callback(tell)
+            yield from arrived
+        return self.value()

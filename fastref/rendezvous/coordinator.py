@@ -1,0 +1,328 @@
+"""Rank 0 of a job that is starting: it seats the others, or tells everybody what is wrong."""
+
+from __future__ import annotations
+
+import functools
+import selectors
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastref.errors import ProtocolError, RendezvousError
+from fastref.rendezvous import sentences
+from fastref.rendezvous.connection import Connection, Message, connect
+from fastref.rendezvous.fields import read_object, read_text
+from fastref.rendezvous.links import CLOSED, MAGIC, Listener, check_same_build, refusal_of, refuse
+from fastref.rendezvous.meeting import Meeting
+from fastref.rendezvous.records import WorkerRecord
+
+__all__ = ["RECORDS_PER_MESSAGE", "Coordinator", "join_hello"]
+
+RECORDS_PER_MESSAGE = 64
+"""A record may take some hundred bytes, and a message has a bound."""
+
+# After a mistake, how long workers that are still on their way are awaited, to tell them too.
+LINGER_S = 3.0
+# How long another coordinator of a full job is given to end before it counts as a second job of that name.
+RIVAL_GRACE_S = 2.0
+_RIVAL_RETRY_S = 0.05
+_LONGEST_WAIT_S = 0.2
+
+
+class Coordinator:
+    """Seats the workers of one job.
+
+    Rule 1: everybody who said hello is told the same: the members, or one sentence.
+    Rule 2: a worker that dies or leaves while it waits is forgotten; its rank and name are free again.
+    Rule 3: nonsense from a visitor is answered to that visitor and disturbs nobody else.
+    """
+
+    def __init__(
+        self, record: WorkerRecord, job: str, listener: Listener, meeting: Meeting, timeout_s: float, deadline: float
+    ) -> None:
+        self._record = record
+        self._job = job
+        self._listener = listener
+        self._meeting = meeting
+        self._timeout_s = timeout_s
+        self._deadline = deadline
+        self._selector = selectors.DefaultSelector()
+        self._seats: dict[int, tuple[WorkerRecord, Connection]] = {}
+        self._visitors: set[Connection] = set()
+        self._rivals: dict[str, WorkerRecord] = {}
+        self._rival_calls: dict[str, Connection] = {}
+        self._buried: set[str] = set()
+        self._rival_retry = self._rival_deadline = 0.0
+        self._sentence: str | None = None
+        self._told_ranks = {record.rank}
+        self._linger_s = LINGER_S
+        self._world_size = record.world_size
+
+    def run(self) -> tuple[WorkerRecord, ...]:
+        """Return the members, index = rank, when all are there and have been told.
+
+        Raises
+        ------
+        RendezvousError
+            Something is wrong, or the deadline has passed; everybody who came has been told why.
+        """
+        try:
+            self._on(self._listener.fileno(), self._greet_visitors)
+            self._meeting.announce(self._record)
+            self._find_rivals()
+            self._rival_deadline = time.monotonic() + RIVAL_GRACE_S
+            self._call_rivals(time.monotonic())
+            while len(self._seats) + 1 < self._record.world_size or self._rivals:
+                self._wait(self._deadline)
+                if self._sentence is None:
+                    self._look_around()
+                if self._sentence is not None:
+                    self._linger()
+                    raise RendezvousError(self._sentence)
+            self._meeting.close_door(self._record)
+            return self._tell_members()
+        except BaseException as error:
+            if self._sentence is None:
+                self._fail(f"coordinator {self._record} of job {self._job!r} gave up: {type(error).__name__}: {error}")
+            self._meeting.withdraw(self._record)
+            raise
+        finally:
+            self._close()
+
+    def _wait(self, deadline: float) -> None:
+        left_s = max(0.0, deadline - time.monotonic())
+        for key, _ in self._selector.select(min(left_s, _RIVAL_RETRY_S if self._rivals else _LONGEST_WAIT_S)):
+            # An earlier event of this batch may have closed it.
+            if key.fd in self._selector.get_map():
+                key.data()
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        complaint = self._meeting.complaint()
+        if complaint is not None:
+            self._fail(complaint)
+        elif now >= self._deadline:
+            self._fail(self._roll_call())
+            self._linger_s = 0.0
+        elif self._rivals and now >= self._rival_deadline:
+            self._fail(self._roll_call())
+            # Whoever came during the grace has been told; more waiting would be too much.
+            self._linger_s = 0.0
+        elif self._rivals and now >= self._rival_retry:
+            self._call_rivals(now)
+
+    # Seats
+
+    def _greet_visitors(self) -> None:
+        while (visitor := self._listener.accept()) is not None:
+            self._visitors.add(visitor)
+            self._on(visitor.fileno(), functools.partial(self._read_visitor, visitor))
+
+    def _read_visitor(self, visitor: Connection) -> None:
+        try:
+            message = visitor.receive_message()
+        except ProtocolError as error:
+            self._drop(visitor, str(error))
+            return
+        if message is None:
+            self._drop(visitor)
+            return
+        message.close()
+        try:
+            record = self._examine(visitor, message)
+        except ProtocolError as error:
+            self._drop(visitor, str(error))
+        except RendezvousError as error:
+            self._fail(str(error))
+            self._tell_late(visitor, message)
+        else:
+            if self._sentence is not None:
+                self._tell_late(visitor, message)
+            else:
+                self._seat(visitor, record)
+
+    def _seat(self, visitor: Connection, record: WorkerRecord) -> None:
+        self._forget(visitor)
+        self._seats[record.rank] = (record, visitor)
+        self._on(visitor.fileno(), functools.partial(self._read_seated, record))
+        self._on(visitor.pidfd, functools.partial(self._vacate, record.rank))
+
+    def _examine(self, visitor: Connection, message: Message) -> WorkerRecord:
+        """Return the record of a worker that may have the seat it wants.
+
+        Raises RendezvousError for what is wrong with the job, ProtocolError for what is wrong with the visitor.
+        """
+        if message.kind != "join-hello":
+            raise ProtocolError(f"expected a join-hello, got {message.kind!r}")
+        check_same_build(message.body, self._record)
+        record = WorkerRecord.from_fields(read_object(message.body, "record"))
+        job = read_text(message.body, "job")
+        if job != self._job:
+            raise ProtocolError(f"worker {record} wants job {job!r}, this is job {self._job!r}")
+        if record.host != self._record.host:
+            raise RendezvousError(sentences.other_host(record, self._record))
+        if record.pid != visitor.pid:
+            raise ProtocolError(f"field 'pid' says {record.pid}, the process at the other end is {visitor.pid}")
+        if self._sentence is None:
+            self._world_size = max(self._world_size, record.world_size)
+            self._check_seat(record)
+        return record
+
+    def _check_seat(self, record: WorkerRecord) -> None:
+        mine = self._record
+        if record.world_size != mine.world_size:
+            raise RendezvousError(sentences.world_sizes_differ(self._job, record, mine))
+        if record.rank >= mine.world_size:
+            raise RendezvousError(sentences.out_of_range(self._job, record, mine))
+        for rank, (seated, connection) in list(self._seats.items()):
+            if record.rank == rank or record.name == seated.name:
+                # The end of a worker and its successor may arrive in one batch of events, in any order.
+                if connection.is_gone():
+                    self._vacate(rank)
+                    continue
+                raise RendezvousError(sentences.duplicate(self._job, record, seated))
+        if record.rank == mine.rank or record.name == mine.name:
+            raise RendezvousError(sentences.duplicate(self._job, record, mine))
+
+    def _read_seated(self, record: WorkerRecord) -> None:
+        connection = self._seats[record.rank][1]
+        try:
+            message = connection.receive_message()
+        except ProtocolError as error:
+            self._vacate(record.rank, str(error))
+            return
+        if message is None:
+            self._vacate(record.rank)
+        elif message.kind == "join-leave":
+            self._vacate(record.rank, self._roll_call())
+        else:
+            message.close()
+            self._vacate(record.rank, f"expected a join-leave, got {message.kind!r}")
+
+    def _vacate(self, rank: int, sentence: str | None = None) -> None:
+        _, connection = self._seats.pop(rank)
+        self._selector.unregister(connection.pidfd)
+        self._drop(connection, sentence)
+
+    def _tell_members(self) -> tuple[WorkerRecord, ...]:
+        members = (self._record, *(self._seats[rank][0] for rank in range(1, self._record.world_size)))
+        for _, connection in self._seats.values():
+            for first in range(0, len(members), RECORDS_PER_MESSAGE):
+                part = [member.to_fields() for member in members[first : first + RECORDS_PER_MESSAGE]]
+                try:
+                    connection.send_message("members", {"total": len(members), "first": first, "records": part})
+                except (ConnectionError, TimeoutError):
+                    break  # it died this moment: whoever links the members finds out and names it
+        return members
+
+    # Mistakes
+
+    def _fail(self, sentence: str) -> None:
+        """Tell everybody who has a seat. The first sentence stays, so that all are told the same."""
+        if self._sentence is None:
+            self._sentence = sentence
+        self._told_ranks.update(self._seats)
+        for rank in list(self._seats):
+            self._vacate(rank, self._sentence)
+
+    def _tell_late(self, visitor: Connection, message: Message) -> None:
+        rank = message.body.get("record", {}).get("rank")
+        if isinstance(rank, int):
+            self._told_ranks.add(rank)
+        self._drop(visitor, self._sentence)
+
+    def _linger(self) -> None:
+        """Wait for workers that are still on their way, so that they learn the reason and not just time out."""
+        linger_deadline = time.monotonic() + self._linger_s
+        while time.monotonic() < linger_deadline and len(self._told_ranks) < self._world_size:
+            self._wait(linger_deadline)
+
+    def _roll_call(self) -> str:
+        for rival in self._rivals.values():
+            return sentences.already_running(self._job, self._record, rival)
+        present = [self._record, *(record for record, _ in self._seats.values())]
+        return sentences.roll_call(self._job, self._record.world_size, present, self._timeout_s)
+
+    # Rivals: other processes that claim to be rank 0
+
+    def _find_rivals(self) -> None:
+        for announcement in self._meeting.look():
+            rival = announcement.record
+            if rival.instance != self._record.instance and rival.instance not in self._buried:
+                self._rivals[rival.instance] = rival
+
+    def _call_rivals(self, now: float) -> None:
+        self._rival_retry = now + _RIVAL_RETRY_S
+        for rival in list(self._rivals.values()):
+            if rival.instance in self._rival_calls:
+                continue
+            try:
+                call = connect(rival.address)
+            except ConnectionError:
+                self._bury_rival(rival)
+                continue
+            self._rival_calls[rival.instance] = call
+            try:
+                call.send_message("join-hello", join_hello(self._record, self._job))
+            except ConnectionError:
+                pass  # it ended this moment, which reading its answer shows
+            self._on(call.fileno(), functools.partial(self._read_rival, rival))
+
+    def _read_rival(self, rival: WorkerRecord) -> None:
+        call = self._rival_calls.pop(rival.instance)
+        self._selector.unregister(call.fileno())
+        try:
+            message = call.receive_message()
+        finally:
+            call.close()
+        if message is None:
+            return  # it ended or left: the next call finds out
+        message.close()
+        duplicate = sentences.duplicate(self._job, self._record, rival)
+        sentence = refusal_of(message) if message.kind == "refused" else duplicate
+        # Closed: its job is full. It may be about to end, and this is the next job of that name.
+        if sentence != CLOSED and self._sentence is None:
+            self._fail(sentence)
+
+    def _bury_rival(self, rival: WorkerRecord) -> None:
+        del self._rivals[rival.instance]
+        self._buried.add(rival.instance)
+        self._meeting.announce(self._record, instead_of=rival)
+        # A store has one place, and a third process may have taken it first.
+        self._find_rivals()
+
+    # Sockets
+
+    def _on(self, fd: int, callback: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def _forget(self, connection: Connection) -> None:
+        self._visitors.discard(connection)
+        self._selector.unregister(connection.fileno())
+
+    def _drop(self, connection: Connection, sentence: str | None = None) -> None:
+        self._forget(connection)
+        if sentence is None:
+            connection.close()
+        else:
+            refuse(connection, sentence)
+
+    def _close(self) -> None:
+        for visitor in list(self._visitors):
+            self._drop(visitor, self._sentence or CLOSED)
+        for _, connection in self._seats.values():
+            connection.close()
+        for call in self._rival_calls.values():
+            call.close()
+        self._selector.close()
+
+
+def join_hello(record: WorkerRecord, job: str) -> dict[str, Any]:
+    """Return the body of the message with which a worker asks for its seat."""
+    return {
+        "magic": MAGIC,
+        "version": record.version,
+        "layout": record.layout,
+        "job": job,
+        "record": record.to_fields(),
+    }

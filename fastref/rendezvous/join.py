@@ -1,0 +1,254 @@
+"""Joining a job: every worker calls it, and gets to know all others or the reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from typing import TYPE_CHECKING
+
+from fastref.errors import ProtocolError, RendezvousError, UsageError
+from fastref.rendezvous import sentences
+from fastref.rendezvous.connection import Connection, Message, connect
+from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, Coordinator, join_hello
+from fastref.rendezvous.fields import read_integer, read_list, read_text
+from fastref.rendezvous.links import CLOSED, Listener, refusal_of
+from fastref.rendezvous.meeting import LocalMeeting, Meeting, StoreMeeting
+from fastref.rendezvous.methods import LOCAL, job_name, open_store, resolve_rank, scheme_of
+from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+__all__ = ["Membership", "join"]
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.02
+# A worker whose time is up asks the coordinator who is missing, and does not wait long for that.
+_LAST_WORD_S = 0.5
+# A worker with an impossible rank tries to tell the coordinator; see join.
+_TELL_S = 3.0
+
+
+class Membership:
+    """A job that this worker has joined.
+
+    Attributes
+    ----------
+    record : WorkerRecord
+        This worker, rank and world size filled in.
+    members : tuple of WorkerRecord
+        All workers; the index is the rank.
+    """
+
+    def __init__(
+        self, record: WorkerRecord, members: tuple[WorkerRecord, ...], meeting: Meeting, store: Store | None
+    ) -> None:
+        self.record = record
+        self.members = members
+        self._meeting: Meeting | None = meeting
+        # Rank 0 may host the store, and others may still be reading from it.
+        self._store = store
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Take back what announces this job, so that the next of its name can start; idempotent.
+
+        In a forked child it does nothing to what its parent announced.
+        """
+        meeting, self._meeting, self._store = self._meeting, None, None
+        if meeting is not None and self.record.rank == 0 and os.getpid() == self._pid:
+            meeting.withdraw(self.record)
+
+
+def join(
+    record: WorkerRecord,
+    listener: Listener,
+    init_method: str,
+    rank: int = -1,
+    world_size: int | None = None,
+    timeout_s: float = 60.0,
+    store: Store | None = None,
+    count: int = 0,
+) -> Membership:
+    """Meet the other workers of a job and agree on who is who. Rank 0 coordinates.
+
+    Parameters
+    ----------
+    record : WorkerRecord
+        The calling worker; its rank and world size are replaced by what the arguments come to.
+    listener : Listener
+        Where it is reached. For ``local://`` it lies in the job directory that all workers share:
+        ``job_directory(run_root(), job_name(init_method))``.
+    init_method : str
+        ``local://NAME``, or a method of torch.distributed: ``env://``, ``tcp://``, ``file://``.
+    rank : int
+        -1: from where the init method has it (see ``resolve_rank``).
+    world_size : int, optional
+        How many workers the job has.
+    timeout_s : float
+        Seconds to wait for the others; 0 waits for ever.
+    store : torch.distributed.Store, optional
+        To be used instead of the one that ``init_method`` leads to.
+    count : int
+        How many joins this process made before; equal on all workers, it keeps the keys apart.
+
+    Returns
+    -------
+    Membership
+        Of the same workers, in the same order, in every process.
+
+    Raises
+    ------
+    UsageError
+        Rank or world size are missing or impossible.
+    RendezvousError
+        Any other reason, in a sentence that all workers are told and that names both sides.
+    """
+    started = time.monotonic()
+    deadline = started + timeout_s if timeout_s > 0 else math.inf
+    rank, world_size = resolve_rank(init_method, rank, world_size)
+    if world_size > MAX_WORLD_SIZE:
+        raise UsageError(f"a job has at most {MAX_WORLD_SIZE} workers, not {world_size}")
+    job = job_name(init_method)
+    if scheme_of(init_method) == LOCAL and store is None:
+        meeting: Meeting = LocalMeeting(listener.directory)
+    else:
+        if store is None:
+            store = open_store(init_method, rank, world_size, timeout_s or math.inf)
+        if rank < 0:
+            raise UsageError("a job over a store of one's own needs a rank of 0 or more")
+        store = _prefixed(store, count)
+        meeting = StoreMeeting(store)
+    record = dataclasses.replace(record, rank=rank, world_size=world_size)
+
+    if rank == 0:
+        members = Coordinator(record, job, listener, meeting, timeout_s, deadline).run()
+    elif rank < world_size:
+        members = _Applicant(record, job, meeting, timeout_s, deadline).run()
+    else:
+        # It can never get a seat. But the others wait for somebody, and only the coordinator can tell them why.
+        try:
+            _Applicant(record, job, meeting, timeout_s, min(deadline, started + _TELL_S)).run()
+        except RendezvousError as error:
+            raise UsageError(f"rank {rank} of worker {record} is out of range: world_size is {world_size}") from error
+        raise ProtocolError(f"the coordinator of job {job!r} gave worker {record} a seat that does not exist")
+    return Membership(record, members, meeting, store)
+
+
+class _Applicant:
+    """A worker other than rank 0 that wants its seat."""
+
+    def __init__(self, record: WorkerRecord, job: str, meeting: Meeting, timeout_s: float, deadline: float) -> None:
+        self._record = record
+        self._job = job
+        self._meeting = meeting
+        self._timeout_s = timeout_s
+        self._deadline = deadline
+        self._last_seen = "rank 0, which coordinates, is missing"
+
+    def run(self) -> tuple[WorkerRecord, ...]:
+        """Look for a coordinator that is alive and open until there is one or the time is up."""
+        pause_s = _FIRST_PAUSE_S
+        while time.monotonic() < self._deadline:
+            for announcement in self._meeting.look():
+                coordinator = announcement.record
+                if not announcement.is_open:
+                    self._last_seen = f"coordinator {coordinator} has all its workers already"
+                    continue
+                members = self._ask(coordinator)
+                if members is not None:
+                    return members
+                if coordinator.host != self._record.host:
+                    # Not reached, so not told by the coordinator and unable to tell it: leave word for it.
+                    sentence = sentences.other_host(self._record, coordinator)
+                    self._meeting.complain(sentence)
+                    raise RendezvousError(sentence)
+                pause_s = _FIRST_PAUSE_S
+            complaint = self._meeting.complaint()
+            if complaint is not None:
+                raise RendezvousError(complaint)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        raise RendezvousError(
+            f"worker {self._record} waited {self._timeout_s:g} s for the {self._record.world_size} workers of job "
+            f"{self._job!r}: {self._last_seen}"
+        )
+
+    def _ask(self, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
+        """Ask for the seat and wait for the answer; None when this coordinator is not or no longer there."""
+        try:
+            connection = connect(coordinator.address)
+        except ConnectionError:
+            self._last_seen = f"coordinator {coordinator} is dead"
+            return None
+        try:
+            connection.send_message("join-hello", join_hello(self._record, self._job))
+            members = self._receive_members(connection, coordinator)
+        except ConnectionError:
+            members = None
+        except TimeoutError:
+            raise RendezvousError(self._ask_who_is_missing(connection, coordinator)) from None
+        finally:
+            connection.close()
+        if members is None:
+            self._last_seen = f"coordinator {coordinator} died or left"
+        return members
+
+    def _receive_members(self, connection: Connection, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
+        members: list[WorkerRecord] = []
+        while len(members) < self._record.world_size:
+            message = connection.wait_message(self._deadline)
+            if message is None:
+                return None
+            message.close()
+            if message.kind == "refused":
+                sentence = refusal_of(message)
+                if sentence == CLOSED:
+                    return None
+                raise RendezvousError(sentence)
+            members += self._read_members(message, len(members), coordinator)
+        mine = members[self._record.rank]
+        if mine != self._record or members[0] != coordinator:
+            raise ProtocolError(f"coordinator {coordinator} sent a list of members without {self._record}")
+        return tuple(members)
+
+    def _read_members(self, message: Message, have: int, coordinator: WorkerRecord) -> list[WorkerRecord]:
+        if message.kind != "members":
+            raise ProtocolError(f"coordinator {coordinator} answered a join-hello with {message.kind!r}")
+        first, total = read_integer(message.body, "first"), read_integer(message.body, "total")
+        if first != have or total != self._record.world_size:
+            raise ProtocolError(
+                f"coordinator {coordinator} sent members from {first} of {total}, "
+                f"expected from {have} of {self._record.world_size}"
+            )
+        records: list[WorkerRecord] = []
+        for fields in read_list(message.body, "records", most=min(RECORDS_PER_MESSAGE, total - have)):
+            if not isinstance(fields, dict):
+                raise ProtocolError("field 'records' must be a list of objects")
+            record = WorkerRecord.from_fields(fields)
+            if record.rank != have + len(records):
+                raise ProtocolError(f"field 'rank' is {record.rank}, expected {have + len(records)}")
+            records.append(record)
+        if not records:
+            raise ProtocolError("field 'records' is empty")
+        return records
+
+    def _ask_who_is_missing(self, connection: Connection, coordinator: WorkerRecord) -> str:
+        try:
+            connection.send_message("join-leave", {"reason": "timeout"})
+            answer = connection.wait_message(time.monotonic() + _LAST_WORD_S)
+            if answer is not None and answer.kind == "refused":
+                return read_text(answer.body, "sentence")
+        except (ConnectionError, TimeoutError, ProtocolError):
+            pass  # it is gone, stopped or talks nonsense: what we know ourselves has to do
+        return (
+            f"worker {self._record} waited {self._timeout_s:g} s for the {self._record.world_size} workers of job "
+            f"{self._job!r}; coordinator {coordinator} did not say which ranks are missing"
+        )
+
+
+def _prefixed(store: Store, count: int) -> Store:
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    return PrefixStore(f"rpc_prefix_{count}", store)

@@ -1,0 +1,189 @@
+"""Where the workers of a job look for their coordinator: the job directory, or a c10d store."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastref.errors import RendezvousError
+from fastref.rendezvous.fields import parse_object, read_integer, read_object
+from fastref.rendezvous.records import WorkerRecord
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+__all__ = ["Announcement", "LocalMeeting", "Meeting", "StoreMeeting"]
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a coordinator says of itself; it may have died since.
+
+    Parameters
+    ----------
+    record : WorkerRecord
+        The coordinator.
+    is_open : bool
+        Whether seats are left; False as soon as its job runs.
+    """
+
+    record: WorkerRecord
+    is_open: bool
+
+    def to_json(self) -> bytes:
+        """Return the announcement as JSON text."""
+        fields: dict[str, Any] = {"record": self.record.to_fields(), "open": int(self.is_open)}
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Announcement:
+        """Return the announcement in a JSON text.
+
+        Raises
+        ------
+        ProtocolError
+            Names the first field that is wrong.
+        """
+        fields = parse_object(data)
+        record = WorkerRecord.from_fields(read_object(fields, "record"))
+        return cls(record, bool(read_integer(fields, "open", most=1)))
+
+
+class Meeting(Protocol):
+    """What both places can do."""
+
+    def announce(self, record: WorkerRecord, instead_of: WorkerRecord | None = None) -> None:
+        """Make ``record`` known as coordinator, in place of one that is known to be dead if need be."""
+
+    def close_door(self, record: WorkerRecord) -> None:
+        """Say that the job of this coordinator has all its workers."""
+
+    def withdraw(self, record: WorkerRecord) -> None:
+        """Take the announcement back; idempotent."""
+
+    def look(self) -> list[Announcement]:
+        """Return who claims to be coordinator now."""
+
+    def complain(self, sentence: str) -> None:
+        """Leave a sentence for a coordinator that cannot be reached in any other way."""
+
+    def complaint(self) -> str | None:
+        """Return the sentence that was left, None when there is none."""
+
+
+class LocalMeeting:
+    """Files in the job directory: ``<instance>.coordinator``, one for each process that claims to be rank 0.
+
+    A file for each and not one for all: so nobody overwrites, or removes with a dead one's file, that of
+    another, and two living coordinators see each other.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def announce(self, record: WorkerRecord, instead_of: WorkerRecord | None = None) -> None:
+        """As ``Meeting``; files of the dead are in nobody's way, the next sweep removes them."""
+        self._write(Announcement(record, is_open=True))
+
+    def close_door(self, record: WorkerRecord) -> None:
+        """As ``Meeting``."""
+        self._write(Announcement(record, is_open=False))
+
+    def withdraw(self, record: WorkerRecord) -> None:
+        """As ``Meeting``."""
+        self._path(record).unlink(missing_ok=True)
+
+    def look(self) -> list[Announcement]:
+        """As ``Meeting``."""
+        found = []
+        for name in sorted(os.listdir(self._directory)):
+            if name.endswith(".coordinator"):
+                try:
+                    data = (self._directory / name).read_bytes()
+                except FileNotFoundError:
+                    continue  # withdrawn since
+                found.append(Announcement.from_json(data))
+        return found
+
+    def complain(self, sentence: str) -> None:
+        """Do nothing: here every coordinator can be reached at its socket."""
+
+    def complaint(self) -> str | None:
+        """As ``Meeting``."""
+        return None
+
+    def _write(self, announcement: Announcement) -> None:
+        path = self._path(announcement.record)
+        unfinished = path.with_name(path.name + ".new")
+        unfinished.write_bytes(announcement.to_json())
+        unfinished.rename(path)
+
+    def _path(self, record: WorkerRecord) -> Path:
+        return self._directory / f"{record.instance}.coordinator"
+
+
+class StoreMeeting:
+    """Keys in a c10d store that all workers can reach.
+
+    Parameters
+    ----------
+    store : torch.distributed.Store
+        Already prefixed for this start of the job.
+    """
+
+    _COORDINATOR = "coordinator"
+    _COMPLAINT = "complaint"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def announce(self, record: WorkerRecord, instead_of: WorkerRecord | None = None) -> None:
+        """As ``Meeting``; a store that outlived its job may hold the announcement of a dead one."""
+        expected = b"" if instead_of is None else Announcement(instead_of, is_open=True).to_json()
+        self._swap(expected, Announcement(record, is_open=True))
+        if instead_of is not None:
+            self._swap(Announcement(instead_of, is_open=False).to_json(), Announcement(record, is_open=True))
+
+    def close_door(self, record: WorkerRecord) -> None:
+        """As ``Meeting``."""
+        self._swap(Announcement(record, is_open=True).to_json(), Announcement(record, is_open=False))
+
+    def withdraw(self, record: WorkerRecord) -> None:
+        """Do nothing: the next start of the job uses other keys, and the store may be gone by now."""
+
+    def look(self) -> list[Announcement]:
+        """As ``Meeting``."""
+        data = self._get(self._COORDINATOR)
+        return [] if data is None else [Announcement.from_json(data)]
+
+    def complain(self, sentence: str) -> None:
+        """As ``Meeting``."""
+        try:
+            self._store.set(self._COMPLAINT, sentence)
+        except RuntimeError as error:
+            raise _store_failed(error) from error
+
+    def complaint(self) -> str | None:
+        """As ``Meeting``."""
+        data = self._get(self._COMPLAINT)
+        return None if data is None else data.decode("utf-8", "replace")
+
+    def _get(self, key: str) -> bytes | None:
+        try:
+            # Asking first, since getting a key that is not there waits, and not even Ctrl-C ends that.
+            return self._store.get(key) if self._store.check([key]) else None
+        except RuntimeError as error:
+            raise _store_failed(error) from error
+
+    def _swap(self, expected: bytes, announcement: Announcement) -> None:
+        try:
+            self._store.compare_set(self._COORDINATOR, expected.decode(), announcement.to_json().decode())
+        except RuntimeError as error:
+            raise _store_failed(error) from error
+
+
+def _store_failed(error: RuntimeError) -> RendezvousError:
+    return RendezvousError(f"the c10d store that the workers meet at failed: {error}")

@@ -1,0 +1,118 @@
+"""What an init method says: which job it is, which rank this is, and where the workers meet."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlencode, urlparse, urlunparse
+
+from fastref.errors import RendezvousError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+__all__ = ["LOCAL", "job_name", "open_store", "resolve_rank", "scheme_of"]
+
+LOCAL = "local"
+_FROM_ENVIRONMENT = (LOCAL, "env")
+# Waiting for ever is allowed, and a store wants a number.
+_LONGEST_STORE_TIMEOUT_S = 7 * 86400.0
+
+
+def scheme_of(init_method: str) -> str:
+    """Return the part before ``://``.
+
+    Raises
+    ------
+    UsageError
+        It is no init method at all, or a local job without a name.
+    """
+    scheme, separator, rest = init_method.partition("://")
+    if not separator or not scheme:
+        raise UsageError(
+            f"init_method must look like local://NAME, env://, tcp://HOST:PORT or file:///PATH, it is {init_method!r}"
+        )
+    if scheme == LOCAL and not rest:
+        raise UsageError("local:// needs the name of the job: local://NAME")
+    return scheme
+
+
+def job_name(init_method: str) -> str:
+    """Return a name for the job that is the same for all of its workers on this host."""
+    scheme = scheme_of(init_method)
+    if scheme == LOCAL:
+        return init_method.partition("://")[2]
+    if scheme == "env":
+        return f"env://{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    return init_method.partition("?")[0]
+
+
+def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None) -> tuple[int, int]:
+    """Return rank and world size, from the arguments or from where the init method has them.
+
+    ``local://`` and ``env://`` read ``RANK`` and ``WORLD_SIZE`` for what is missing, ``tcp://`` and
+    ``file://`` their query (``?rank=0&world_size=2``). The rank is -1 where a c10d method has none:
+    torch says so in its own words.
+
+    Raises
+    ------
+    UsageError
+        The rank of a local job is missing, a rank is negative, or the world size is missing.
+    """
+    scheme = scheme_of(init_method)
+    if scheme in _FROM_ENVIRONMENT:
+        settings = {"rank": os.environ.get("RANK", ""), "world_size": os.environ.get("WORLD_SIZE", "")}
+    else:
+        settings = dict(parse_qsl(urlparse(init_method).query))
+    if rank == -1:
+        rank = _integer("rank", settings.get("rank") or "-1")
+    if not world_size:
+        world_size = _integer("world_size", settings.get("world_size") or "0")
+    if rank < -1 or (rank == -1 and scheme == LOCAL):
+        raise UsageError(f"{init_method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK; got {rank}")
+    if world_size == 0:
+        raise UsageError(
+            "world_size is missing: pass it to init_rpc or set WORLD_SIZE; "
+            "groups whose size is open (world_size=None) are not available yet"
+        )
+    if world_size < 0:
+        raise UsageError(f"world_size must be 1 or more, it is {world_size}")
+    return rank, world_size
+
+
+def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -> Store:
+    """Return the c10d store that torch's own rendezvous finds for an init method.
+
+    Raises
+    ------
+    RendezvousError
+        It cannot be reached or made.
+    ValueError
+        Torch's own: the init method lacks rank, port, path or environment variables.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    scheme = scheme_of(init_method)
+    timeout = timedelta(seconds=min(timeout_s, _LONGEST_STORE_TIMEOUT_S))
+    parts = urlparse(init_method)
+    settings = {key: value for key, value in parse_qsl(parts.query) if key not in ("rank", "world_size")}
+    if rank >= 0:
+        settings["rank"] = str(rank)
+    # With the true size a TCP store waits for that many clients, and says neither who is missing nor
+    # what else is wrong; without one it is there at once, and the workers seat each other.
+    settings["world_size"] = "-1" if scheme in ("env", "tcp") else str(world_size)
+    store: Store
+    try:
+        store, _, _ = next(rendezvous(urlunparse(parts._replace(query=urlencode(settings))), timeout=timeout))
+        store.set_timeout(timeout)
+    except RuntimeError as error:
+        raise RendezvousError(f"rank {rank} found no c10d store by {init_method}: {error}") from error
+    return store
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name} must be an integer, it is {text!r}") from None

@@ -1,0 +1,112 @@
+"""What one worker tells the others about itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastref.errors import ProtocolError, UsageError
+from fastref.options import check_worker_name
+from fastref.rendezvous.fields import parse_object, read_integer, read_text
+
+__all__ = ["WorkerRecord", "describe"]
+
+# Ranks are the upper 16 bits of an id.
+MAX_WORLD_SIZE = 1 << 16
+_INSTANCE = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """One worker as its peers know it.
+
+    Parameters
+    ----------
+    name : str
+        Unique in the job.
+    rank : int
+        0 <= rank < world_size.
+    pid : int
+        Its process.
+    instance : str
+        The random id of its runtime, sixteen hex digits.
+    address : str
+        Path of its unix socket.
+    world_size : int
+        How many workers it expects.
+    version : str
+        Its version of fastref.
+    layout : int
+        Version of the layout of its shared memory.
+    bits : int
+        How many peers one word of its reference table can name.
+    host : str
+        Where it runs: equal texts can share pids and memory.
+    """
+
+    name: str
+    rank: int
+    pid: int
+    instance: str
+    address: str
+    world_size: int
+    version: str
+    layout: int
+    bits: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the record as a JSON object."""
+        return asdict(self)
+
+    def to_json(self) -> bytes:
+        """Return the record as JSON text."""
+        return json.dumps(self.to_fields(), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> WorkerRecord:
+        """Return the record in a JSON object, every field checked but whether the rank is within the world.
+
+        Raises
+        ------
+        ProtocolError
+            Names the first field that is wrong.
+        """
+        try:
+            name = check_worker_name(read_text(fields, "name", most=127))
+        except UsageError as error:
+            raise ProtocolError(f"field 'name': {error}") from error
+        instance = read_text(fields, "instance", most=16)
+        if _INSTANCE.fullmatch(instance) is None:
+            raise ProtocolError(f"field 'instance' must be sixteen hex digits, it is {instance!r}")
+        address = read_text(fields, "address")
+        if not address.startswith("/") or "\0" in address:
+            raise ProtocolError(f"field 'address' must be an absolute path, it is {address!r}")
+        return cls(
+            name=name,
+            rank=read_integer(fields, "rank", most=2**31 - 1),
+            pid=read_integer(fields, "pid", least=1, most=2**31 - 1),
+            instance=instance,
+            address=address,
+            world_size=read_integer(fields, "world_size", least=1, most=MAX_WORLD_SIZE),
+            version=read_text(fields, "version", most=64),
+            layout=read_integer(fields, "layout"),
+            bits=read_integer(fields, "bits", most=64),
+            host=read_text(fields, "host", most=512),
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> WorkerRecord:
+        """Return the record in a JSON text; as ``from_fields``."""
+        return cls.from_fields(parse_object(data))
+
+
+def describe(fields: dict[str, Any]) -> str:
+    """Return a phrase for a record that may be damaged or of another version, for use in an error."""
+    parts = {key: fields.get(key) for key in ("name", "rank", "pid")}
+    return f"{str(parts['name'])[:127]!r} (rank {str(parts['rank'])[:20]}, pid {str(parts['pid'])[:20]})"

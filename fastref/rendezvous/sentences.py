@@ -1,0 +1,53 @@
+"""The sentences that everybody is told when a job cannot start; each names both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastref.rendezvous.records import WorkerRecord
+
+__all__ = ["already_running", "duplicate", "other_host", "out_of_range", "roll_call", "world_sizes_differ"]
+
+
+def duplicate(job: str, one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for two workers with one rank or one name."""
+    # In one order, so that both sides say the same when both find out.
+    first, second = sorted((one, other), key=lambda record: (record.rank, record.pid, record.instance))
+    what = f"rank {first.rank}" if first.rank == second.rank else f"the name {first.name!r}"
+    return f"two workers of job {job!r} claim {what}: {first} and {second}"
+
+
+def world_sizes_differ(job: str, one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for two workers that expect different worlds."""
+    return f"workers of job {job!r} differ in world_size: {one} says {one.world_size}, {other} says {other.world_size}"
+
+
+def out_of_range(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:
+    """Return the sentence for a rank that the world does not have."""
+    return (
+        f"worker {worker} of job {job!r} is out of range: it and coordinator {coordinator} have world_size "
+        f"{coordinator.world_size}, so ranks go from 0 to {coordinator.world_size - 1}"
+    )
+
+
+def other_host(one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for two workers that cannot share memory."""
+    return (
+        f"worker {one} runs on {one.host} and worker {other} on {other.host}: "
+        "only workers of one host (and one pid namespace) are supported so far"
+    )
+
+
+def already_running(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:
+    """Return the sentence for a second coordinator of a job that has all its workers."""
+    return f"job {job!r} runs already with coordinator {coordinator}; {worker} cannot start it a second time"
+
+
+def roll_call(job: str, world_size: int, present: Sequence[WorkerRecord], timeout_s: float) -> str:
+    """Return the sentence for a world that did not fill."""
+    present = sorted(present, key=lambda record: record.rank)
+    missing = sorted(set(range(world_size)) - {record.rank for record in present})
+    return (
+        f"only {len(present)} of {world_size} workers of job {job!r} came within {timeout_s:g} s: "
+        f"{', '.join(map(str, present))}; missing ranks: {', '.join(map(str, missing))}"
+    )

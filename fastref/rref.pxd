@@ -1,0 +1,59 @@
+"""The handle, and what it may ask of the runtime that made it."""
+
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from fastref._core cimport Holder, fr_fork
+
+
+cdef enum:
+    VALUE_PENDING = 0
+    VALUE_READY = 1
+    VALUE_FAILED = 2
+
+
+cdef class OwnedValue:
+    cdef uint32_t settled           # futex word: VALUE_PENDING until it is set
+    cdef readonly object value
+    cdef readonly object error
+    cdef list waiters
+    cdef readonly object future
+
+    cdef void settle(self, uint32_t state)
+
+
+cdef class Wiring:
+    cdef readonly uint16_t rank
+    cdef readonly bint closed
+    cdef unsigned fork_count
+
+    cdef int check(self) except -1
+    cdef object fetch(self, RRef rref, double timeout_s)
+    cdef object local(self, RRef rref, double timeout_s)
+    cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)
+    cdef object worker(self, uint16_t rank)
+    cdef void let_go(self, RRef rref) noexcept
+    cdef bint confirmed(self, RRef rref) except -1
+
+
+cdef enum:
+    HOW_SYNC = 0
+    HOW_ASYNC = 1
+    HOW_REMOTE = 2
+
+
+cdef class RRef:
+    cdef Wiring wiring
+    cdef Holder holder              # None: a local value that was never shared
+    cdef fr_fork fork
+    cdef OwnedValue owned           # None: this process is a user
+    cdef readonly str type_str
+    cdef int64_t value_deadline_ns  # of a remote() with a timeout of its own; 0: none
+    cdef object creation            # what went wrong when it was made, or None
+    cdef object __weakref__
+
+    cdef int _usable(self, what) except -1
+    cdef str _describe(self)
+
+
+cdef RRef make_rref(Wiring wiring, Holder holder, fr_fork* fork, OwnedValue owned, str type_str)
+cdef unsigned forks_so_far() noexcept nogil

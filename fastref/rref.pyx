@@ -1,0 +1,263 @@
+"""The handle: who owns a value, under which name, and the calls a program makes on it.
+
+A handle decides nothing. It knows its runtime only as ``Wiring``, the few calls that a runtime answers, so that
+references stay below channels, codec and threads.
+"""
+
+cimport cython
+from libc.stdint cimport int64_t, uint16_t, uint32_t
+
+from fastref._core cimport FR_LAST, Holder, fr_fork
+from fastref._core import GloballyUniqueId
+from fastref.errors import ForkedProcessError, NotInitialized, UsageError
+
+__all__ = ["RRef", "RRefProxy", "current_wiring", "set_current_wiring"]
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <limits.h>
+    #include "fr_atomic.h"
+    static unsigned fr_forks;
+    static void fr_count_fork(void) { fr_forks++; }
+    static void fr_watch_forks(void) { pthread_atfork(NULL, NULL, fr_count_fork); }
+    """
+    unsigned fr_forks
+    void fr_watch_forks()
+    void fr_store32_release(uint32_t*, uint32_t) nogil
+    void fr_futex_wake(uint32_t*, int) nogil
+    int INT_MAX
+
+fr_watch_forks()
+
+# The one slot that says which runtime is current.
+_current = None
+
+
+cdef unsigned forks_so_far() noexcept nogil:
+    """How many forks lie between the first process and this one; a child differs from its parent."""
+    return fr_forks
+
+
+def current_wiring():
+    """Return the runtime that calls go through, or None before ``init_rpc``."""
+    return _current
+
+
+def set_current_wiring(wiring) -> None:
+    """Say which runtime calls go through from now on; None for none."""
+    global _current
+    _current = wiring
+
+
+cdef class OwnedValue:
+    """A value on its owner: pending, then ready with a value or failed with an exception."""
+
+    cdef void settle(self, uint32_t state):
+        """Tell threads and parked requests that the value is there. The value or error has been stored."""
+        fr_store32_release(&self.settled, state)
+        fr_futex_wake(&self.settled, INT_MAX)
+
+
+cdef class Wiring:
+    """What a handle may ask of the runtime that made it."""
+
+    cdef int check(self) except -1:
+        """Raise when this process may not use the runtime."""
+        if self.fork_count != fr_forks:
+            raise ForkedProcessError(
+                "this process was made by os.fork() after init_rpc; only the parent may use its references. "
+                "Start workers with the spawn or forkserver method and call init_rpc in each of them.")
+        return 0
+
+    cdef object fetch(self, RRef rref, double timeout_s):
+        raise NotImplementedError
+
+    cdef object local(self, RRef rref, double timeout_s):
+        raise NotImplementedError
+
+    cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
+        raise NotImplementedError
+
+    cdef object worker(self, uint16_t rank):
+        raise NotImplementedError
+
+    cdef void let_go(self, RRef rref) noexcept:
+        pass
+
+    cdef bint confirmed(self, RRef rref) except -1:
+        raise NotImplementedError
+
+    def new_local(self, rref, value, type_hint):
+        """Fill a fresh handle with a value that lives here."""
+        raise NotImplementedError
+
+
+cdef RRef make_rref(Wiring wiring, Holder holder, fr_fork* fork, OwnedValue owned, str type_str):
+    """A handle on an entry of which the caller has taken one count for it."""
+    cdef RRef rref = RRef.__new__(RRef)
+    rref.wiring, rref.holder, rref.fork, rref.owned, rref.type_str = wiring, holder, fork[0], owned, type_str
+    return rref
+
+
+@cython.no_gc_clear
+cdef class RRef:
+    """A remote reference: a handle to a value that lives on its owner.
+
+    Parameters
+    ----------
+    value : object
+        Wrapped as it is; this worker becomes its owner. Nothing is sent.
+    type_hint : type, optional
+        The interface of a ScriptModule; nothing else may have one.
+
+    Raises
+    ------
+    NotInitialized
+        Before ``init_rpc``.
+    """
+
+    def __init__(self, value, type_hint=None):
+        if _current is None:
+            raise NotInitialized(
+                "Current RPC agent is not set! Did you initialize the RPC framework (e.g. by calling `rpc.init_rpc`)?")
+        (<Wiring>_current).check()
+        _current.new_local(self, value, type_hint)
+
+    def __class_getitem__(cls, item):
+        return cls
+
+    def __dealloc__(self):
+        # No message, no lock but the private one: drop a count, perhaps a bit, perhaps leave a note for the runtime.
+        cdef int result
+        if self.holder is None or self.wiring is None or self.wiring.fork_count != fr_forks:
+            return
+        result = self.holder.drop(self.fork.index)
+        if not self.holder.h.bit and result == FR_LAST:
+            self.wiring.let_go(self)
+
+    cdef int _usable(self, what) except -1:
+        self.wiring.check()
+        if self.wiring.closed and self.owned is None:
+            raise UsageError(f"{self._describe()} has been deleted. Cannot call {what} on it after deletion.")
+        return 0
+
+    def is_owner(self) -> bool:
+        """True when the value lives on this worker."""
+        return self.owned is not None
+
+    def owner(self):
+        """Return the ``WorkerInfo`` of the worker where the value lives."""
+        return self.wiring.worker(self.fork.owner)
+
+    def owner_name(self) -> str:
+        """Return the name of the worker where the value lives."""
+        return self.wiring.worker(self.fork.owner).name
+
+    def confirmed_by_owner(self) -> bool:
+        """True once the owner has the value, or knows that it never will."""
+        return self.owned is not None or self.wiring.confirmed(self)
+
+    def to_here(self, timeout: float = -1.0):
+        """Return a copy of the value; on the owner the value itself.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds; -1 for the default, 0 for ever.
+
+        Raises
+        ------
+        RemoteError
+            What the function that should have made the value raised.
+        CallTimeout, OwnerDied
+            When it does not come in time, or never will.
+        """
+        self._usable("to_here()")
+        if self.owned is not None:
+            return self.wiring.local(self, timeout)
+        return self.wiring.fetch(self, timeout)
+
+    def local_value(self, timeout: float = 0.0):
+        """Return the value itself, waiting until it is there. Only on the owner.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds; 0 for ever.
+        """
+        self._usable("local_value()")
+        if self.owned is None:
+            raise UsageError(f"For {self._describe()}, can't call localValue() on user "
+                             f"{self.wiring.worker(self.wiring.rank)}. Call it on owner {self.owner()}")
+        return self.wiring.local(self, timeout)
+
+    def rpc_sync(self, timeout: float = -1.0):
+        """Return a proxy: its methods run where the value lives, and return the result."""
+        return _proxy(self, timeout, HOW_SYNC)
+
+    def rpc_async(self, timeout: float = -1.0):
+        """Return a proxy: its methods run where the value lives, and return a Future."""
+        return _proxy(self, timeout, HOW_ASYNC)
+
+    def remote(self, timeout: float = -1.0):
+        """Return a proxy: its methods run where the value lives, and return an RRef to the result."""
+        return _proxy(self, timeout, HOW_REMOTE)
+
+    def rref_id(self) -> GloballyUniqueId:
+        """Name of the reference in the whole job."""
+        return GloballyUniqueId(self.fork.rref_created_on, self.fork.rref_local)
+
+    cdef str _describe(self):
+        return (f"UserRRef(rref_id=GloballyUniqueId(created_on={self.fork.rref_created_on}, local_id={self.fork.rref_local}), "
+                f"fork_id=GloballyUniqueId(created_on={self.fork.fork_created_on}, local_id={self.fork.fork_local}))")
+
+    def __repr__(self) -> str:
+        rref_id = GloballyUniqueId(self.fork.rref_created_on, self.fork.rref_local)
+        if self.owned is not None:
+            return f"OwnerRRef({rref_id})"
+        fork_id = GloballyUniqueId(self.fork.fork_created_on, self.fork.fork_local)
+        return f"UserRRef(RRefId = {rref_id}, ForkId = {fork_id})"
+
+    def __reduce__(self):
+        raise UsageError("Can not pickle rref in python pickler, rref can only be pickled when using RPC")
+
+    def __copy__(self):
+        return self.__reduce__()
+
+    def __deepcopy__(self, memo):
+        return self.__reduce__()
+
+
+cdef class _Method:
+    cdef RRef rref
+    cdef str name
+    cdef double timeout_s
+    cdef int how
+
+    def __call__(self, *args, **kwargs):
+        return self.rref.wiring.invoke(self.rref, self.name, args, kwargs, self.timeout_s, self.how)
+
+
+cdef class RRefProxy:
+    """Calls the methods of a value where it lives. Made by ``RRef.rpc_sync()``, ``rpc_async()`` and ``remote()``."""
+
+    cdef RRef rref
+    cdef double timeout_s
+    cdef int how
+
+    def __getattr__(self, name):
+        cdef _Method method
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        method = _Method.__new__(_Method)
+        method.rref, method.name, method.timeout_s, method.how = self.rref, name, self.timeout_s, self.how
+        return method
+
+
+cdef RRefProxy _proxy(RRef rref, double timeout_s, int how):
+    cdef RRefProxy proxy
+    rref._usable("a method")
+    proxy = RRefProxy.__new__(RRefProxy)
+    proxy.rref, proxy.timeout_s, proxy.how = rref, timeout_s, how
+    return proxy

@@ -1,0 +1,1 @@
+"""One worker: its threads, its peers, and the wiring between channels, codec and protocol."""

@@ -1,0 +1,54 @@
+"""Calls out: synchronous, asynchronous, remote, fetch."""
+
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from fastref._core cimport fr_fork
+from fastref.channels.slots cimport fr_waiting
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport OwnedValue, RRef
+from fastref.runtime.peer cimport Peer
+from fastref.runtime.post cimport Post
+from fastref.wire.frame cimport fr_frame
+
+
+cdef class Pending:
+    cdef Caller caller
+    cdef readonly object future         # None: a thread waits for it, and reads `value` or `error`
+    cdef readonly Peer peer
+    cdef readonly uint64_t call
+    cdef readonly int64_t deadline_ns
+    cdef double timeout_s
+    cdef object what
+    cdef object value
+    cdef object error
+    cdef uint32_t settled               # futex word: 1 once the outcome is there
+    cdef uint32_t sleepers
+
+    cdef int settle(self, object value, object error) except -1
+
+
+cdef class Caller(Post):
+    cdef dict pending                   # call -> Pending
+    cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
+    cdef fr_waiting fetch_waiting
+    cdef public uint64_t fetched_directly, fetched_by_message
+    cdef readonly object future_class
+
+    cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
+                     dict kwargs) except -1
+    cdef uint32_t number_of(self, Peer peer, object func) except? 0xFFFFFFFF
+    cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
+    cdef object call_async(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
+    cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
+    cdef object exchange(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
+    cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
+    cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1
+    cdef Pending pend(self, Peer peer, fr_frame* head, double timeout_s, object future, object what)
+    cdef int prepare_remote_method(self, Peer peer, fr_frame* head, Encoder body, RRef target, str method, tuple args,
+                                   dict kwargs) except -1
+    cdef RRef own_pending(self, fr_fork* fork)
+    cdef object read_slot(self, Peer peer, int slot, uint64_t call)
+    cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references)
+    cdef void blocked(self, bint yes) noexcept nogil
+    cdef object read_published(self, RRef rref, Peer peer)
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns)

@@ -1,0 +1,465 @@
+"""Calls out: synchronous, asynchronous, remote, fetch.
+
+A synchronous call makes no Future and crosses no thread of its own process: the calling thread writes the frame, polls
+its response slot and reads the answer there.
+"""
+
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_BLOCK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_FAILED,
+                            FR_VALUE_PENDING, FR_VALUE_READY, fr_add32, fr_descriptor, fr_fence, fr_fork, fr_futex_wait,
+                            fr_futex_wake, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns,
+                            fr_store32_release, failpoints, fr_failpoints_here)
+from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, WAIT_PEER_DIED, WAIT_STOPPED,
+                                     WAIT_TIMED_OUT, fr_slot, fr_waiting)
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_PENDING, OwnedValue, RRef, make_rref)
+from fastref.runtime.peer cimport Peer
+from fastref.runtime.post cimport Post, fr_thread, this_thread
+from fastref.wire.frame cimport (CREDIT_REQUEST, FLAG_BLOCK, FLAG_ERROR, FLAG_EXPLICIT, FLAG_LOCAL, FLAG_METHOD,
+                                 FLAG_PICKLED, INTERN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL,
+                                 fr_block, fr_frame)
+
+from types import BuiltinFunctionType, FunctionType
+from sys import modules as _modules
+
+from fastref.codec import mainmodule
+from fastref.codec.failures import decode_failure
+from fastref.errors import CallTimeout, NotInitialized, OwnerDied, PeerError, ProtocolError, RemoteError, UsageError
+from fastref.futures import Future
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+cdef extern from *:
+    """
+    #include "fr_table.h"
+    #include "fr_wait.h"
+    static inline int fr_descriptor_spin(struct fr_descriptor *d, uint32_t *died, struct fr_waiting *w)
+    {
+        return FR_SPIN_UNTIL(w, fr_load32_acquire(&d->state) != FR_VALUE_PENDING || fr_load32_relaxed(died));
+    }
+    static inline int fr_settled_spin(uint32_t *word, struct fr_waiting *w)
+    {
+        return FR_SPIN_UNTIL(w, fr_load32_acquire(word) != 0);
+    }
+    """
+    int fr_descriptor_spin(fr_descriptor*, uint32_t*, fr_waiting*) nogil
+    int fr_settled_spin(uint32_t*, fr_waiting*) nogil
+    int INT_MAX
+
+fr_failpoints_here = failpoints()
+
+cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1
+
+
+cdef class Pending:
+    """One asynchronous call that has not been answered."""
+
+    cdef int settle(self, object value, object error) except -1:
+        """Note the outcome, once; wake whoever waits."""
+        if self.settled:
+            return 0
+        self.value, self.error = value, error
+        if self.future is not None:
+            try:
+                if error is not None:
+                    self.future.set_exception(error)
+                else:
+                    self.future.set_result(value)
+            finally:
+                fr_store32_release(&self.settled, 1)
+        else:
+            fr_store32_release(&self.settled, 1)
+        fr_fence()  # SYNC: settled before sleepers; pairs with the waiter's sleepers before settled
+        if fr_load32_relaxed(&self.sleepers):
+            fr_futex_wake(&self.settled, INT_MAX)
+        return 0
+
+    def wait(self) -> None:
+        """Wait until the outcome is there. Signals are handled meanwhile."""
+        cdef int64_t slice_ns = self.caller.slice_ns
+        if fr_load32_acquire(&self.settled):
+            return
+        self.caller.blocked(True)
+        try:
+            with nogil:
+                fr_settled_spin(&self.settled, &self.caller.fetch_waiting)
+            while not fr_load32_acquire(&self.settled):
+                with nogil:
+                    fr_add32(&self.sleepers, 1)
+                    fr_fence()
+                    if not fr_load32_acquire(&self.settled):
+                        fr_futex_wait(&self.settled, 0, slice_ns)
+                    fr_add32(&self.sleepers, <uint32_t>-1)
+                PyErr_CheckSignals()
+                if self.caller.closed:
+                    self.settle(None, NotInitialized("the runtime was shut down before the answer came"))
+        finally:
+            self.caller.blocked(False)
+
+
+cdef class Caller(Post):
+    """The calling half of a runtime."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pending, self.arrived = {}, {}
+        self.future_class = Future
+
+    cdef void blocked(self, bint yes) noexcept nogil:
+        """This thread is about to wait, or has waited: a serving thread counts as idle meanwhile."""
+
+    cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
+                     dict kwargs) except -1:
+        """Write the callable and the arguments of a call into ``body``."""
+        cdef bint shares_main = peer.shares_main
+        memset(head, 0, sizeof(fr_frame))
+        head.slot = NO_SLOT
+        head.call = self.new_call()
+        if target is not None:
+            body.references.append(target)
+            head.flags = FLAG_METHOD | self.encode_any(body, (method, args, kwargs or None), shares_main)
+            return 0
+        head.callable = self.number_of(peer, func)
+        if head.callable:
+            head.flags = self.encode_any(body, (args, kwargs or None), shares_main)
+        else:
+            self.encode_pickled(body, (func, args, kwargs or None), shares_main)
+            head.flags = FLAG_PICKLED
+        return 0
+
+    cdef uint32_t number_of(self, Peer peer, object func) except? 0xFFFFFFFF:
+        """The number under which the peer knows a callable; 0 when it has to be pickled."""
+        cdef object known
+        kind = type(func)
+        if kind is not FunctionType and kind is not BuiltinFunctionType and kind is not type:
+            return 0
+        known = peer.numbers.get(func)
+        if known is not None:
+            number, names, parts = <tuple>known
+            found = (<dict>names).get(parts[0]) if type(names) is dict else None
+            for part in parts[1:]:
+                found = getattr(found, part, None)
+            if found is func:
+                return number
+            del peer.numbers[func]  # rebound since: look again
+        return self._introduce(peer, func)
+
+    def _introduce(self, peer, func) -> int:
+        """Tell the peer a number for a callable that it can find by name; 0 when it cannot."""
+        cdef fr_frame head
+        cdef Encoder body
+        module, qualname = getattr(func, "__module__", None), getattr(func, "__qualname__", None)
+        if not isinstance(module, str) or not isinstance(qualname, str) or "<locals>" in qualname:
+            return 0
+        if mainmodule.owns(func):
+            if not peer.shares_main or not mainmodule.is_shared(func):
+                return 0
+            module = "__main__"
+        home = _modules.get(module)
+        parts = tuple(qualname.split("."))
+        found = home
+        for part in parts:
+            found = getattr(found, part, None)
+        if found is not func or not isinstance(func.__hash__(), int):
+            return 0
+        (<Peer>peer).numbers_given += 1
+        number = (<Peer>peer).numbers_given
+        body = self.encoder()
+        memset(&head, 0, sizeof(fr_frame))
+        head.kind, head.slot, head.callable = INTERN, NO_SLOT, number
+        self.encode_any(body, (module, qualname), False)
+        self.post(peer, &head, body, 0)
+        self.encoder_done(body)
+        (<Peer>peer).numbers[func] = (number, vars(home), parts)
+        return number
+
+    # ---- synchronous
+
+    cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
+        """Run a function, or a method of ``target``, on the peer and return its result."""
+        cdef fr_frame head
+        cdef Encoder body = self.encoder()
+        self.prepare(peer, &head, body, func, target, method, args, kwargs)
+        head.kind = PYTHON_CALL
+        return self.exchange(peer, &head, body, timeout_s, func if target is None else method)
+
+    cdef object exchange(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what):
+        """Send a frame and wait for its answer in a response slot."""
+        cdef int slot, status
+        cdef uint64_t call = head.call
+        cdef int64_t deadline_ns = self.deadline(timeout_s)
+        cdef int64_t slice_ns = self.slice_ns
+        slot = self.slots.begin(call, &peer.died)
+        if slot < 0:
+            return self.exchange_pending(peer, head, body, timeout_s, what)
+        head.slot, head.deadline_ns = slot, deadline_ns
+        try:
+            self.post(peer, head, body, deadline_ns)
+        except BaseException:
+            self.slots.give_up(slot, True)
+            raise
+        self.encoder_done(body)
+        with nogil:
+            status = self.slots.wait(slot, deadline_ns, 0)
+        if status != WAIT_DONE:
+            self._wait_longer(peer, slot, deadline_ns, timeout_s, what)
+        return self.read_slot(peer, slot, call)
+
+    cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1:
+        """Spinning brought nothing: sleep until the answer is in the slot. Else the slot is given up, and this raises."""
+        cdef int64_t slice_ns = self.slice_ns
+        cdef int status
+        cdef bint waiting = True
+        self.blocked(True)
+        try:
+            while True:
+                with nogil:
+                    status = self.slots.wait(slot, deadline_ns, slice_ns)
+                if status == WAIT_DONE:
+                    return 0
+                PyErr_CheckSignals()
+                if status == WAIT_INTERRUPTED:
+                    if not deadline_ns or fr_now_ns() < deadline_ns:
+                        continue
+                    status = WAIT_TIMED_OUT
+                waiting = False
+                if self.slots.give_up(slot, status == WAIT_PEER_DIED) == WAIT_DONE:
+                    return 0
+                if status == WAIT_PEER_DIED:
+                    raise peer.died_error()
+                if status == WAIT_STOPPED:
+                    raise NotInitialized("the runtime was shut down before the answer came")
+                self.raise_timeout(peer, _name_of(what), timeout_s)
+        except BaseException:  # a signal handler may raise anything
+            if waiting and self.slots.give_up(slot, False) == WAIT_DONE:
+                self.slots.end(slot)
+            raise
+        finally:
+            self.blocked(False)
+
+    cdef object read_slot(self, Peer peer, int slot, uint64_t call):
+        """Read the answer in a slot that is DONE, and free the slot."""
+        cdef fr_slot* s = &self.slots.slots[slot]
+        cdef char[FR_SLOT_ROOM] copy
+        cdef uint32_t size = fr_load32_relaxed(&s.size), flags = fr_load32_relaxed(&s.flags)
+        cdef fr_block block
+        if flags & FLAG_LOCAL:
+            self.slots.end(slot)
+            value, error = self.arrived.pop(call)
+            if error is not None:
+                raise error
+            return value
+        try:
+            if size > FR_SLOT_ROOM:
+                raise ProtocolError(f"worker {peer.info.name!r} left an answer of {size} bytes in a slot of {FR_SLOT_ROOM}")
+            if flags & FLAG_BLOCK:
+                memcpy(&block, s.data, sizeof(fr_block))
+                return self.outcome(peer, peer.arena.borrow(block.offset, block.size), block.size, flags, [])
+            memcpy(copy, s.data, size)
+            return self.outcome(peer, copy, size, flags, _NOTHING)
+        finally:
+            self.slots.end(slot)
+
+    cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references):
+        """Return the result in an answer, or raise the exception in it."""
+        if flags & FLAG_ERROR:
+            raise decode_failure(payload[:size])
+        return self.decode_any(payload, size, flags, references)
+
+    cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what):
+        """As ``exchange``, with the answer as a message: all slots are taken."""
+        cdef Pending pending = self.pend(peer, head, timeout_s, None, what)
+        try:
+            self.post(peer, head, body, pending.deadline_ns)
+            self.encoder_done(body)
+            pending.wait()
+        except BaseException:
+            self.pending.pop(pending.call, None)
+            raise
+        if pending.error is not None:
+            raise pending.error
+        return pending.value
+
+    # ---- asynchronous
+
+    cdef Pending pend(self, Peer peer, fr_frame* head, double timeout_s, object future, object what):
+        """Note a call whose answer comes as a message."""
+        cdef Pending pending = Pending.__new__(Pending)
+        head.deadline_ns = self.deadline(timeout_s)
+        pending.caller, pending.peer, pending.call, pending.deadline_ns = self, peer, head.call, head.deadline_ns
+        pending.timeout_s, pending.future, pending.what = timeout_s, future, what
+        self.pending[head.call] = pending
+        return pending
+
+    cdef object call_async(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
+        """As ``call``, but return a Future at once."""
+        cdef fr_frame head
+        cdef Encoder body = self.encoder()
+        cdef Pending pending
+        self.prepare(peer, &head, body, func, target, method, args, kwargs)
+        head.kind = PYTHON_CALL
+        future = self.future_class()
+        pending = self.pend(peer, &head, timeout_s, future, func if target is None else method)
+        future._pending = pending
+        try:
+            self.post(peer, &head, body, pending.deadline_ns)
+        except PeerError as error:
+            self.pending.pop(pending.call, None)
+            pending.settle(None, error)
+        except BaseException:
+            self.pending.pop(pending.call, None)
+            raise
+        self.encoder_done(body)
+        if pending.peer.is_dead and self.pending.pop(pending.call, None) is not None:
+            pending.settle(None, peer.died_error())  # it died after the sweep over pending calls
+        return future
+
+    # ---- remote
+
+    cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
+        """Run a function on the peer, keep the result there, and return a reference to it at once."""
+        cdef fr_frame head
+        cdef Encoder body
+        cdef RRef rref
+        cdef fr_fork fork
+        cdef int64_t deadline_ns = self.deadline(timeout_s)
+        cdef uint64_t rref_id, fork_id
+        if fr_load32_acquire(&peer.died):
+            raise peer.died_error()
+        rref_id = self.ids.next()
+        fork_id = self.ids.next()
+        memset(&fork, 0, sizeof(fr_fork))
+        fork.owner, fork.parent = peer.rank, self.rank
+        fork.rref_created_on = fork.fork_created_on = self.rank
+        fork.rref_local, fork.fork_local = rref_id & NUMBER_MASK, fork_id & NUMBER_MASK
+        fork.has_entry = 1
+        if peer.rank == self.rank:
+            rref = self.own_pending(&fork)
+        else:
+            fork.index, fork.generation = self.credit(peer, deadline_ns)
+            rref = make_rref(self, peer.holder, &fork, None, None)
+        body = self.encoder()
+        body.references.append(rref)
+        try:
+            if target is not None:
+                self.prepare_remote_method(peer, &head, body, target, method, args, kwargs)
+            else:
+                self.prepare(peer, &head, body, func, None, None, args, kwargs)
+            head.kind = PYTHON_REMOTE_CALL
+            if timeout_s != -1.0:
+                rref.value_deadline_ns = head.deadline_ns = deadline_ns
+            self.post(peer, &head, body, deadline_ns)
+        except PeerError as error:
+            rref.creation = error
+        self.encoder_done(body)
+        return rref
+
+    cdef int prepare_remote_method(self, Peer peer, fr_frame* head, Encoder body, RRef target, str method, tuple args,
+                                   dict kwargs) except -1:
+        self.prepare(peer, head, body, None, target, method, args, kwargs)
+        return 0
+
+    cdef RRef own_pending(self, fr_fork* fork):
+        raise NotImplementedError
+
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns):
+        """An entry that the peer opened for us; asks for more and waits when there is none."""
+        cdef fr_frame head
+        while True:
+            try:
+                index, generation = peer.credits.pop()
+                return index, generation
+            except IndexError:
+                pass
+            if fr_load32_acquire(&peer.died):
+                raise peer.died_error()
+            with peer.lock:
+                ask = not peer.credits_asked and not peer.credits
+                peer.credits_asked = peer.credits_asked or ask
+            if ask:
+                memset(&head, 0, sizeof(fr_frame))
+                head.kind, head.slot = CREDIT_REQUEST, NO_SLOT
+                self.post(peer, &head, None, deadline_ns)
+            self.blocked(True)
+            try:
+                self.drain_while_waiting()
+                with peer.lock:
+                    if not peer.credits:
+                        peer.lock.wait(0.05)
+            finally:
+                self.blocked(False)
+            if deadline_ns and fr_now_ns() > deadline_ns:
+                self.raise_timeout(peer, "remote(): no free table entry", -1.0)
+
+    # ---- fetch
+
+    cdef object fetch(self, RRef rref, double timeout_s):
+        """Return a copy of the value a reference names, from its owner's memory if it is published there."""
+        cdef Peer peer = <Peer>self.peers[rref.fork.owner]
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        cdef fr_frame head
+        cdef Encoder body
+        if rref.creation is not None:
+            raise rref.creation
+        if fr_load32_acquire(&d.state) == FR_VALUE_PENDING:
+            with nogil:
+                fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
+        if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
+            return self.read_published(rref, peer)
+        if fr_load32_acquire(&peer.died):
+            raise peer.died_error(True)
+        if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
+            self._creation_timed_out(peer)
+        self.fetched_by_message += 1
+        memset(&head, 0, sizeof(fr_frame))
+        head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
+        body = self.encoder()
+        body.references.append(rref)
+        try:
+            return self.exchange(peer, &head, body, timeout_s, "to_here()")
+        except CallTimeout:
+            if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
+                self._creation_timed_out(peer)
+            raise
+
+    def _creation_timed_out(self, peer):
+        raise CallTimeout("RRef creation via rpc.remote() timed out, and it is possible that the RRef on the owner node does "
+                          "not exist.", peer.info.name)
+
+    cdef object read_published(self, RRef rref, Peer peer):
+        """Decode a published value straight from the owner's memory; our bit keeps it there."""
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        cdef uint32_t size = fr_load32_relaxed(&d.size)
+        self.fetched_directly += 1
+        if fr_load32_relaxed(&d.form) == FR_FORM_INLINE:
+            if size > FR_INLINE_VALUE:
+                raise ProtocolError(f"worker {peer.info.name!r} published {size} bytes in {FR_INLINE_VALUE}")
+            return self.decode_any(d.data, size, 0, _NOTHING)
+        return self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING)
+
+    cdef bint confirmed(self, RRef rref) except -1:
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        return rref.creation is None and fr_load32_acquire(&d.state) != FR_VALUE_PENDING
+
+    # ---- methods of references
+
+    cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
+        cdef Peer peer = <Peer>self.peers[rref.fork.owner if rref.holder is not None else self.rank]
+        if rref.creation is not None:
+            raise rref.creation
+        if how == HOW_SYNC:
+            return self.call(peer, None, rref, method, args, kwargs, timeout_s)
+        if how == HOW_ASYNC:
+            return self.call_async(peer, None, rref, method, args, kwargs, timeout_s)
+        return self.call_remote(peer, None, rref, method, args, kwargs, timeout_s)
+
+
+cdef list _NOTHING = []
+
+
+cdef object _name_of(what):
+    return getattr(what, "__qualname__", None) or str(what)

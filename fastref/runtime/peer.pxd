@@ -1,0 +1,39 @@
+"""What a runtime knows of one peer."""
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from fastref._core cimport Holder, PinQueue
+from fastref.carriers.arena cimport Arena, PeerArena
+from fastref.channels.channel cimport Channel
+from fastref.channels.slots cimport PeerSlots
+
+
+cdef class Peer:
+    cdef readonly uint16_t rank
+    cdef readonly object info
+    cdef readonly int pid
+    cdef readonly Channel channel
+    cdef readonly PeerSlots slots
+    cdef readonly Holder holder
+    cdef readonly PinQueue pins
+    cdef readonly PeerArena arena
+    cdef readonly uint32_t bits         # how many ranks have a bit in its table
+    cdef public bint shares_main
+    cdef public bint greeted
+    cdef public bint left               # it said goodbye
+    cdef uint32_t died
+    cdef public str death
+    cdef uint32_t numbers_given
+    cdef dict numbers                   # callable -> (number, module dict, name): what it knows by number
+    cdef public dict callables          # number -> (module, qualname): what we know by its numbers
+    cdef list credits
+    cdef public bint credits_asked
+    cdef public uint32_t credits_open   # entries of ours that are open for its remote() calls
+    cdef public uint32_t credit_window
+    cdef public dict children           # fork -> (holder, index): pinned until the child is accepted
+    cdef object loans                   # (position, offset): blocks that frames to it point to
+    cdef list slot_loans                # (slot, call, offset): blocks that answers in its slots point to
+    cdef public object lock
+
+    cdef int release_loans(self, Arena arena) except -1
+    cdef int release(self, Arena arena) except -1

@@ -1,0 +1,108 @@
+"""What a runtime knows of one peer."""
+
+from collections import deque
+from threading import Condition
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from fastref._core cimport Holder, PinQueue, fr_load32_acquire, fr_store32_release
+from fastref.carriers.arena cimport Arena, PeerArena
+from fastref.channels.channel cimport Channel
+from fastref.channels.slots cimport PeerSlots
+
+from fastref.errors import OwnerDied, WorkerDied
+
+__all__ = ["Peer"]
+
+
+cdef class Peer:
+    """A worker of the job, this one included.
+
+    Parameters
+    ----------
+    rank, info, pid
+        Who it is.
+    channel : Channel
+        Frames to it.
+    slots : PeerSlots
+        Where its callers wait for answers.
+    holder : Holder
+        What this process holds of its table.
+    arena : PeerArena
+        Its arena, read-only.
+    bits : int
+        How many ranks have a bit in its table.
+    """
+
+    def __init__(self, rank: int, info, pid: int, channel: Channel, slots: PeerSlots, holder: Holder,
+                 arena: PeerArena, bits: int):
+        self.rank, self.info, self.pid, self.bits = rank, info, pid, bits
+        self.channel, self.slots, self.holder, self.arena = channel, slots, holder, arena
+        self.pins = PinQueue()
+        self.numbers, self.callables, self.children = {}, {}, {}
+        self.credits, self.slot_loans, self.loans = [], [], deque()
+        self.lock = Condition()
+        self.credit_window = 32
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def is_dead(self) -> bool:
+        """True once its death has been noticed."""
+        return fr_load32_acquire(&self.died) != 0
+
+    def mark_dead(self, reason: str) -> None:
+        """Note that the process is gone; whoever waits for it sees it from now on."""
+        self.death = reason
+        self.channel.close()
+        fr_store32_release(&self.died, 1)
+
+    def died_error(self, owner: bool = False) -> WorkerDied:
+        """Return the exception for whoever waited for this peer."""
+        kind = OwnerDied if owner else WorkerDied
+        return kind(self.info.name, self.rank, self.pid, self.death or "")
+
+    def add_credits(self, credits: list) -> None:
+        """Take entries that the peer opened for our ``remote()`` calls: (index, generation, fork)."""
+        with self.lock:
+            self.credits.extend(credits)
+            self.credits_asked = False
+            self.lock.notify_all()
+
+    cdef int release(self, Arena arena) except -1:
+        """Let go of pins and blocks that the peer is done with."""
+        if self.pins.count:
+            self.pins.release_until(<uint64_t>0xFFFFFFFFFFFFFFFF if fr_load32_acquire(&self.died) else self.channel.acquired())
+        if self.loans or self.slot_loans:
+            self.release_loans(arena)
+        return 0
+
+    cdef int release_loans(self, Arena arena) except -1:
+        cdef bint dead = fr_load32_acquire(&self.died)
+        cdef uint64_t consumed = self.channel.consumed()
+        while True:
+            try:
+                position, offset = self.loans.popleft()
+            except IndexError:
+                break
+            if not dead and position > consumed:
+                self.loans.appendleft((position, offset))
+                break
+            arena.give_back(offset)
+        if self.slot_loans:
+            still = []
+            waiting, self.slot_loans = self.slot_loans, still
+            for slot, call, offset in waiting:
+                if not dead and self.slots.still_reads(slot, call):
+                    still.append((slot, call, offset))
+                else:
+                    arena.give_back(offset)
+        return 0
+
+    def snapshot(self) -> dict:
+        """Plain figures."""
+        return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, pins=len(self.pins), children=len(self.children),
+                    loans=len(self.loans) + len(self.slot_loans), credits=len(self.credits), credits_open=self.credits_open,
+                    callables=len(self.callables), entries_held=self.holder.entries_held)

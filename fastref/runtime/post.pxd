@@ -1,0 +1,67 @@
+"""Frames out: references, payloads, blocks, full rings."""
+
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from fastref._core cimport Holder, IdGenerator, ReferenceTable, fr_fork
+from fastref.carriers.arena cimport Arena
+from fastref.channels.channel cimport Inbox
+from fastref.channels.slots cimport ResponseSlots
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport RRef, Wiring
+from fastref.runtime.peer cimport Peer
+from fastref.wire.frame cimport FrameView, fr_frame
+
+
+cdef extern from *:
+    """
+    #ifndef FR_THREAD_DECLARED
+    #define FR_THREAD_DECLARED
+    /* What a thread is doing for its runtime. */
+    struct fr_thread {
+        int running;            /* inside a user function that a peer called */
+        int away;               /* it passed the drain token on for that */
+        int64_t deadline_ns;    /* of the call it serves; nested calls inherit it. 0: none */
+    };
+    #endif
+    """
+    struct fr_thread:
+        int running
+        int away
+        int64_t deadline_ns
+
+cdef fr_thread* this_thread() noexcept nogil
+
+
+cdef class Post(Wiring):
+    cdef readonly list peers            # by rank; None where nobody is
+    cdef dict names
+    cdef readonly Inbox inbox
+    cdef readonly ResponseSlots slots
+    cdef readonly Arena arena
+    cdef readonly ReferenceTable table
+    cdef readonly IdGenerator ids
+    cdef readonly object info
+    cdef uint64_t last_call
+    cdef list _encoders
+    cdef public double default_timeout_s
+    cdef public int64_t slice_ns        # longest sleep on a futex; -1 only in tests
+    cdef public object owned            # list: index of the entry -> OwnedValue
+    cdef public uint64_t calls_sent
+
+    cdef Encoder encoder(self)
+    cdef void encoder_done(self, Encoder encoder) noexcept
+    cdef uint64_t new_call(self) noexcept nogil
+    cdef int64_t deadline(self, double timeout_s) noexcept
+    cdef Peer peer_of(self, object to)
+    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1
+    cdef int64_t _lend(self, Peer peer, uint64_t size) except -2
+    cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                                int64_t deadline_ns) except -1
+    cdef int _pack_forks(self, Peer peer, list references, Encoder forks, list pinned) except -1
+    cdef int share(self, RRef rref) except -1
+    cdef int publish(self, RRef rref) except -1
+    cdef int drain_while_waiting(self) except -1
+    cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1
+    cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
+    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references)
+    cdef object raise_timeout(self, Peer peer, what, double timeout_s)

@@ -1,0 +1,357 @@
+"""Frames out: references, payloads, blocks, full rings."""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from fastref._core cimport (FR_BIT_OWNER, FR_INLINE_VALUE, FR_LOST, Holder, fr_add_relaxed, fr_fork, fr_load32_acquire,
+                            fr_now_ns)
+from fastref.channels.channel cimport SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE
+from fastref.codec.payload cimport Decoder, Encoder
+from fastref.codec.stream cimport decode_value, encode_value
+from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
+from fastref.runtime.peer cimport Peer
+from fastref.wire.frame cimport FLAG_BLOCK, FLAG_PICKLED, fr_block, fr_frame
+
+from fastref.codec.pickling import dumps, loads
+from fastref.errors import CallTimeout, PeerError, ProtocolError, ResourceError, UsageError
+from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
+
+cdef extern from *:
+    """
+    static __thread struct fr_thread fr_this_thread;
+    """
+    fr_thread fr_this_thread
+
+cdef extern from "time.h" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int nanosleep(const timespec*, timespec*)
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+cdef enum:
+    INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
+    HEAD_ROOM = 1024        # header and references that fit on the stack
+
+cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # ids and call numbers have 48 bits
+
+
+cdef fr_thread* this_thread() noexcept nogil:
+    return &fr_this_thread
+
+
+cdef class Post(Wiring):
+    """The sending half of a runtime."""
+
+    def __init__(self, rank: int, info, peers: list, inbox, slots, arena, table, ids, default_timeout_s: float):
+        self.rank, self.info = rank, info
+        self.peers = peers
+        self.names = {}
+        self.inbox, self.slots, self.arena, self.table, self.ids = inbox, slots, arena, table, ids
+        self.default_timeout_s = default_timeout_s
+        self.fork_count = forks_so_far()
+        self.slice_ns = 100_000_000
+        self._encoders = []
+        self.owned = []
+
+    def add_peer(self, peer: Peer) -> None:
+        """Make a worker known by name and rank."""
+        while len(self.peers) <= peer.rank:
+            self.peers.append(None)
+        self.peers[peer.rank] = peer
+        self.names[peer.info.name] = peer
+
+    cdef Encoder encoder(self):
+        """An empty encoder; ``encoder_done`` takes it back."""
+        try:
+            return self._encoders.pop()
+        except IndexError:
+            return Encoder()
+
+    cdef void encoder_done(self, Encoder encoder) noexcept:
+        encoder.reset()
+        if len(self._encoders) < 16:
+            self._encoders.append(encoder)
+
+    cdef uint64_t new_call(self) noexcept nogil:
+        return (fr_add_relaxed(&self.last_call, 1) + 1) & NUMBER_MASK
+
+    cdef int64_t deadline(self, double timeout_s) noexcept:
+        """When a call that starts now has to be over; 0: never. A nested call inherits what is left of the outer one's."""
+        cdef int64_t inherited = fr_this_thread.deadline_ns
+        cdef int64_t own
+        if timeout_s == -1.0:
+            timeout_s = self.default_timeout_s
+            if timeout_s == 0:
+                return inherited
+            own = fr_now_ns() + <int64_t>(timeout_s * 1e9)
+            return own if not inherited or own < inherited else inherited
+        if timeout_s == 0:
+            return 0
+        return max(fr_now_ns() + <int64_t>(timeout_s * 1e9), 1)
+
+    cdef object worker(self, uint16_t rank):
+        peer = self.peers[rank] if rank < len(self.peers) else None
+        return peer.info if peer is not None else WorkerInfo("", rank)
+
+    cdef Peer peer_of(self, object to):
+        """The peer that ``to`` names: a name, a rank or a WorkerInfo."""
+        found = None
+        if isinstance(to, str):
+            found = self.names.get(to)
+        elif isinstance(to, WorkerInfo):
+            found = self.names.get(to.name)
+        elif isinstance(to, int) and not isinstance(to, bool):
+            if 0 <= to < len(self.peers):
+                found = self.peers[to]
+        else:
+            raise ValueError(f"Cannot get WorkerInfo from name {to}")
+        if found is None:
+            what = f"id {to}" if isinstance(to, int) else f"name {to.name if isinstance(to, WorkerInfo) else to}"
+            raise UsageError(f"name:{self.info.name},rank:{self.rank} could not find destination {what}")
+        return <Peer>found
+
+    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1:
+        """Send one frame: ``head`` with the references and payload of ``body``. Returns the frame's position.
+
+        Every reference is pinned before the frame is visible; all is undone when it cannot be sent.
+        """
+        cdef char stack[HEAD_ROOM]
+        cdef char* start = stack
+        cdef Encoder whole = None, forks = None
+        cdef uint64_t size = body.total() if body is not None else 0, head_size
+        cdef const char* payload = NULL
+        cdef fr_block block
+        cdef int64_t position
+        cdef int64_t lent = -1
+        cdef list pinned = None
+        if fr_load32_acquire(&peer.died):
+            raise peer.died_error()
+        try:
+            head.references = head.forks_size = 0
+            if body is not None and body.references:
+                forks, pinned = self.encoder(), []
+                self._pack_forks(peer, body.references, forks, pinned)
+                head.references, head.forks_size = len(body.references), forks.size
+            if size > INLINE_LIMIT:
+                lent = self._lend(peer, size)
+            if lent >= 0:
+                with nogil:
+                    body.copy_to(self.arena.base + lent)
+                block.offset, block.size = lent, size
+                payload, size = <const char*>&block, sizeof(fr_block)
+                head.flags |= FLAG_BLOCK
+            elif size and not body.segment_count:
+                payload = body.data
+            head_size = sizeof(fr_frame) + head.forks_size
+            if head_size > HEAD_ROOM or (size and payload == NULL):  # many references, or a tensor inside a small payload
+                whole = self.encoder()
+                start = whole.grow(head_size + size)
+                if payload == NULL:
+                    body.copy_to(start + head_size)
+                else:
+                    memcpy(start + head_size, payload, size)
+                head_size += size
+                payload, size = NULL, 0
+            head.payload = size if payload != NULL else head_size - sizeof(fr_frame) - head.forks_size
+            memcpy(start, head, sizeof(fr_frame))
+            if forks is not None:
+                memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
+            position = peer.channel.try_send(start, head_size, payload, size)
+            if position <= 0:
+                position = self._wait_for_room(peer, start, head_size, payload, size, deadline_ns)
+        except BaseException:
+            if pinned is not None:
+                self._unpin(peer, pinned)
+            if lent >= 0:
+                self.arena.give_back(lent)
+            raise
+        if lent >= 0:
+            peer.loans.append((position, lent))
+        if pinned is not None:
+            for holder, index, child in pinned:
+                if child is None:
+                    peer.pins.push(position, <Holder>holder, index)
+        if forks is not None:
+            self.encoder_done(forks)
+        if whole is not None:
+            self.encoder_done(whole)
+        peer.release(self.arena)
+        return position
+
+    cdef int64_t _lend(self, Peer peer, uint64_t size) except -2:
+        """A block for a payload, or -1 when the arena is full and the payload can go through the ring."""
+        try:
+            return self.arena.lend(size)
+        except ResourceError:
+            for other in self.peers:
+                if other is not None:
+                    (<Peer>other).release(self.arena)
+            try:
+                return self.arena.lend(size)
+            except ResourceError:
+                if size + HEAD_ROOM <= peer.channel.largest:
+                    return -1
+                raise
+
+    cdef int _pack_forks(self, Peer peer, list references, Encoder forks, list pinned) except -1:
+        """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo."""
+        cdef RRef rref
+        cdef fr_fork fork
+        cdef uint64_t fork_id
+        for item in references:
+            rref = <RRef>item
+            if rref.creation is not None:
+                raise rref.creation
+            if rref.wiring is not self:
+                raise UsageError(f"{rref!r} belongs to another runtime, or to one that was shut down")
+            if rref.holder is None:
+                self.share(rref)
+            if rref.holder.take(rref.fork.index, rref.fork.generation) == FR_LOST:
+                raise ProtocolError(f"{rref!r} is not held")
+            fork_id = self.ids.next()
+            fork = rref.fork
+            fork.fork_created_on, fork.fork_local = self.rank, fork_id & NUMBER_MASK
+            fork.parent = self.rank
+            child = None
+            if peer.rank != fork.owner and peer.rank >= self._bits_of(fork.owner):
+                child = self.fork_abroad(peer, fork_id, fork.owner, fork.index, fork.generation, rref.holder)
+            pinned.append((rref.holder, fork.index, child))
+            encoded = b"" if rref.type_str is None else rref.type_str.encode()
+            fork.type_size = len(encoded)
+            forks.raw(&fork, sizeof(fr_fork))
+            if encoded:
+                forks.raw(<const char*>encoded, len(encoded))
+        return 0
+
+    def _bits_of(self, owner: int) -> int:
+        return (<Peer>self.peers[owner]).bits
+
+    def fork_abroad(self, peer, fork_id: int, owner: int, index: int, generation: int, holder):
+        """A reference goes to a peer without a bit: note it, and return what undoes the note, or None."""
+        raise NotImplementedError
+
+    def unfork_abroad(self, child) -> None:
+        raise NotImplementedError
+
+    def _unpin(self, peer, pinned: list) -> None:
+        for holder, index, child in pinned:
+            if child is not None:
+                self.unfork_abroad(child)
+            else:
+                holder.release(index)
+
+    cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                                int64_t deadline_ns) except -1:
+        """The ring is full: drain our own inbox meanwhile, so that two full rings cannot wait for each other."""
+        cdef int64_t position = SENT_FULL
+        cdef timespec pause
+        cdef int64_t nap_ns = 20000
+        while True:
+            position = peer.channel.try_send(head, head_size, body, body_size)
+            if position > 0:
+                return position
+            if position == SENT_TOO_LARGE:
+                raise ResourceError(f"a frame of {head_size + body_size} bytes to {peer.info.name!r} does not fit in a ring "
+                                    f"that carries at most {peer.channel.largest}")
+            if fr_load32_acquire(&peer.died) or position == SENT_CLOSED:
+                raise peer.died_error()
+            if deadline_ns and fr_now_ns() > deadline_ns:
+                raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout and will now be marked with an error: "
+                                  f"worker {peer.info.name!r} has not read its ring", peer.info.name)
+            PyErr_CheckSignals()
+            self.drain_while_waiting()
+            pause.tv_sec, pause.tv_nsec = 0, nap_ns
+            with nogil:
+                nanosleep(&pause, NULL)
+            nap_ns = min(nap_ns * 2, 1000000)
+
+    cdef int drain_while_waiting(self) except -1:
+        raise NotImplementedError
+
+    cdef int share(self, RRef rref) except -1:
+        """Open an entry for a local value that is handed on for the first time."""
+        entry = self.open_entry()
+        rref.fork.index, rref.fork.generation = entry
+        rref.fork.has_entry = 1
+        self.owned[rref.fork.index] = rref.owned
+        rref.holder = self.table.holder
+        if rref.owned.settled == VALUE_READY:
+            self.publish(rref)
+        return 0
+
+    def open_entry(self) -> tuple:
+        raise NotImplementedError
+
+    cdef int publish(self, RRef rref) except -1:
+        raise NotImplementedError
+
+    cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1:
+        """Append a value; returns the flags that say how."""
+        cdef uint64_t size = body.size
+        cdef unsigned segments = body.segment_count
+        cdef Py_ssize_t references = len(body.references)
+        if encode_value(body, value, 0):
+            return 0
+        while body.segment_count > segments:  # forget what was written of this value
+            body.segment_count -= 1
+            body.segment_bytes -= body.segments[body.segment_count].size
+        body.size = size
+        del body.references[references:]
+        self.encode_pickled(body, value, shares_main)
+        return FLAG_PICKLED
+
+    cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1:
+        """Append a pickle: number of buffers, size of the pickle, sizes of the buffers, the pickle, the buffers."""
+        cdef uint64_t number
+        cdef const unsigned char[::1] bytes_of
+        data, buffers = dumps(value, body.references, shares_main)
+        number = len(buffers)
+        body.raw(&number, 8)
+        number = len(data)
+        body.raw(&number, 8)
+        for buffer in buffers:
+            number = buffer.nbytes
+            body.raw(&number, 8)
+        body.raw(<const char*>data, len(data))
+        for buffer in buffers:
+            if buffer.nbytes:
+                bytes_of = buffer
+                body.segment(<const char*>&bytes_of[0], buffer.nbytes, buffer)
+        return 0
+
+    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references):
+        """Read what ``encode_any`` wrote."""
+        cdef Decoder decoder = Decoder.__new__(Decoder)
+        cdef uint64_t count, length
+        decoder.start = decoder.at = payload
+        decoder.end = payload + size
+        decoder.references = references
+        if not flags & FLAG_PICKLED:
+            return decode_value(decoder, 0)
+        memcpy(&count, decoder.take(8), 8)
+        memcpy(&length, decoder.take(8), 8)
+        if count > size // 8:
+            raise ProtocolError(f"a pickle with {count} buffers in {size} bytes")
+        sizes = []
+        for _ in range(count):
+            sizes.append(_number(decoder))
+        data = PyBytes_FromStringAndSize(decoder.take(length), length)
+        buffers = []
+        for length in sizes:
+            buffers.append(bytearray(PyBytes_FromStringAndSize(decoder.aligned(length), length)) if length else bytearray())
+        return loads(data, buffers, references)
+
+    cdef object raise_timeout(self, Peer peer, what, double timeout_s):
+        shown = self.default_timeout_s if timeout_s == UNSET_RPC_TIMEOUT else timeout_s
+        raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout ({round(shown * 1000)} ms) and will now be marked with "
+                          f"an error: {what} on worker {peer.info.name!r}", peer.info.name)
+
+
+cdef object _number(Decoder decoder):
+    cdef uint64_t number
+    memcpy(&number, decoder.take(8), 8)
+    return number

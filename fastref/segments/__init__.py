@@ -1,0 +1,22 @@
+"""Shared memory and the run directory: create, lock, map, reclaim, sweep."""
+
+from fastref.segments.control import ControlSegment, create_control
+from fastref.segments.identity import InstanceIdentity, host_identity
+from fastref.segments.memory import allocate, create_memfd, map_fd, seal
+from fastref.segments.rundir import InstanceLock, job_directory, run_root
+from fastref.segments.sweep import sweep
+
+__all__ = [
+    "ControlSegment",
+    "InstanceIdentity",
+    "InstanceLock",
+    "allocate",
+    "create_control",
+    "create_memfd",
+    "host_identity",
+    "job_directory",
+    "map_fd",
+    "run_root",
+    "seal",
+    "sweep",
+]

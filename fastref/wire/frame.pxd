@@ -1,0 +1,73 @@
+"""Layout of a frame: a fixed header, the references it carries, then the payload."""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from fastref._core cimport fr_fork
+
+
+cdef enum:
+    PYTHON_CALL = 1
+    PYTHON_RET = 2
+    PYTHON_REMOTE_CALL = 3
+    RREF_FETCH_CALL = 4
+    RREF_USER_DELETE = 5
+    RREF_FORK_REQUEST = 6
+    RREF_FORK_ACCEPT = 7
+    RREF_CHILD_ACCEPT = 8
+    GRANT = 9
+    CREDIT_REQUEST = 10
+    INTERN = 11
+    DRAIN_ASK = 12
+    DRAIN_DONE = 13
+    SHUTDOWN_READY = 14
+    SHUTDOWN_GO = 15
+
+    FLAG_PICKLED = 1     # the payload is a pickle with its buffers, not the fast encoding
+    FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block
+    FLAG_ERROR = 4       # the answer is an exception
+    FLAG_METHOD = 8      # the callable is a method of the first reference
+    FLAG_EXPLICIT = 16   # the caller gave a timeout itself, so it covers the value too
+    FLAG_LOCAL = 32      # never on the wire: the answer lies in this process's own memory
+
+    NO_SLOT = 0xFFFF
+
+
+cdef extern from *:
+    """
+    struct fr_frame {               /* 40 bytes */
+        uint16_t kind, flags, references, slot;
+        uint64_t call;              /* call number of the caller, or what the kind says */
+        int64_t deadline_ns;        /* CLOCK_MONOTONIC; 0: none */
+        uint32_t callable, payload; /* interned number, 0: in the payload | bytes of payload */
+        uint32_t forks_size;        /* bytes of the references that follow the header */
+        uint32_t unused;
+    };
+    struct fr_block {
+        uint64_t offset, size;
+    };
+    """
+    struct fr_frame:
+        uint16_t kind
+        uint16_t flags
+        uint16_t references
+        uint16_t slot
+        uint64_t call
+        int64_t deadline_ns
+        uint32_t callable
+        uint32_t payload
+        uint32_t forks_size
+    struct fr_block:
+        uint64_t offset
+        uint64_t size
+
+
+cdef struct FrameView:
+    # A frame that was checked: every pointer and length lies inside the bytes it came in.
+    fr_frame head
+    const char* forks
+    const char* payload
+    uint64_t payload_size
+
+
+cdef int parse_frame(const char* data, uint64_t size, FrameView* view) noexcept nogil
+cdef const char* next_fork(const char* forks, const char* end, fr_fork* fork) noexcept nogil

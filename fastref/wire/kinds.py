@@ -1,0 +1,27 @@
+"""What a frame can be. Names are torch's where torch has the message."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Kind(IntEnum):
+    """First field of every frame. The values are mirrored in ``frame.pxd``; a test keeps them equal."""
+
+    PYTHON_CALL = 1  # run a function or a method of a reference, answer with the result
+    PYTHON_RET = 2  # the answer: a result, or an exception
+    PYTHON_REMOTE_CALL = 3  # run, and keep the result under the entry that the frame names first
+    RREF_FETCH_CALL = 4  # answer with the value of the entry that the frame names first
+    RREF_USER_DELETE = 5  # a holder that goes by messages lets forks go
+    RREF_FORK_REQUEST = 6  # a holder that goes by messages asks the owner to register a fork
+    RREF_FORK_ACCEPT = 7  # the owner's answer to it
+    RREF_CHILD_ACCEPT = 8  # the new holder tells its parent that the owner knows
+    GRANT = 9  # the owner opens entries ahead for a peer's remote() calls
+    CREDIT_REQUEST = 10  # a peer has used up its entries
+    INTERN = 11  # from here on this number stands for this callable
+    DRAIN_ASK = 12  # a worker is dead: acquire all that it published, then say so
+    DRAIN_DONE = 13
+    SHUTDOWN_READY = 14  # this worker has called shutdown
+    SHUTDOWN_GO = 15  # all that live have
+"""The kinds that carry a call or its answer; everything else is bookkeeping between runtimes."""
+CALL_KINDS = frozenset({Kind.PYTHON_CALL, Kind.PYTHON_REMOTE_CALL, Kind.RREF_FETCH_CALL, Kind.PYTHON_RET})

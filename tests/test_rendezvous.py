@@ -1,0 +1,822 @@
+"""Workers find each other and link, or everybody learns in time, in one sentence, why not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.connection import wait
+from typing import Any
+
+import pytest
+
+from fastref.errors import CallTimeout, ProtocolError, RendezvousError, UsageError, WorkerDied
+from fastref.rendezvous import (
+    Connection,
+    Link,
+    Listener,
+    Membership,
+    WorkerRecord,
+    job_name,
+    join,
+    link_all,
+    resolve_rank,
+)
+from fastref.rendezvous.connection import MAX_MESSAGE_BYTES, connect
+from fastref.rendezvous.coordinator import join_hello
+from fastref.rendezvous.meeting import LocalMeeting
+from fastref.segments import InstanceLock, create_memfd, host_identity, job_directory, map_fd, run_root, sweep
+
+# A mistake is to be known everywhere within this; the time the processes take to start comes on top.
+TOLD_S = 5.0
+PATIENCE_S = 60.0
+
+
+class Worker:
+    """One worker up to the point where it has its links; what a runtime does with these parts."""
+
+    def __init__(self, name: str, init_method: str, **changes: Any) -> None:
+        root = run_root()
+        self.lock = InstanceLock(root)
+        self.listener = Listener(job_directory(root, job_name(init_method)), self.lock.instance)
+        self.init_method = init_method
+        self.record = dataclasses.replace(
+            WorkerRecord(
+                name=name,
+                rank=0,
+                pid=os.getpid(),
+                instance=self.lock.instance,
+                address=str(self.listener.path),
+                world_size=1,
+                version="1.0",
+                layout=1,
+                bits=61,
+                host=host_identity(),
+            ),
+            **changes,
+        )
+        self.membership: Membership | None = None
+        self.links: dict[int, Link] = {}
+
+    def join(self, rank: int, world_size: int | None, timeout_s: float, **more: Any) -> None:
+        self.membership = join(self.record, self.listener, self.init_method, rank, world_size, timeout_s, **more)
+        self.record = self.membership.record
+
+    def link(self, timeout_s: float) -> None:
+        """Link, handing a file with both names over every link."""
+        fds = []
+
+        def segments_for(peer: WorkerRecord) -> dict[str, tuple[int, int]]:
+            text = f"{self.record.name} for {peer.name}".encode()
+            fd = create_memfd("test", len(text))
+            os.pwrite(fd, text, 0)
+            fds.append(fd)
+            return {"control": (fd, len(text))}
+
+        try:
+            deadline = time.monotonic() + timeout_s
+            self.links = link_all(self.record, self.membership.members, self.listener, segments_for, deadline)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def read_segments(self) -> list[str]:
+        texts = []
+        for rank in sorted(self.links):
+            fd, size_bytes = self.links[rank].take("control")
+            texts.append(map_fd(fd, size_bytes, writable=False)[:].decode())
+            os.close(fd)
+        return texts
+
+    def close(self) -> None:
+        if self.membership is not None:
+            self.membership.close()
+        for link in self.links.values():
+            link.close()
+        self.listener.close()
+        self.lock.release()
+
+
+@contextlib.contextmanager
+def worker(name: str, init_method: str, **changes: Any) -> Iterator[Worker]:
+    one = Worker(name, init_method, **changes)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def play(pipe: Pipe, name: str, init_method: str, rank: int, world_size: int | None, options: dict[str, Any]) -> None:
+    """Join and link once in this process, report the outcome, hold everything until told to end."""
+    os.environ.update(options.get("environment", {}))
+    with worker(name, init_method, **options.get("changes", {})) as one:
+        pipe.send("ready")
+        time.sleep(options.get("delay_s", 0.0))
+        started = time.monotonic()
+        try:
+            one.join(rank, world_size, options.get("timeout_s", PATIENCE_S))
+            one.link(PATIENCE_S)
+        except Exception as error:
+            pipe.send((type(error), str(error), time.monotonic() - started))
+        else:
+            pipe.send(([m.name for m in one.membership.members], one.read_segments(), time.monotonic() - started))
+            pipe.recv()
+
+
+class Cast:
+    """Processes that play one worker each."""
+
+    def __init__(self, mp_context: Any, spawn_workers: Callable[..., Any], init_method: str) -> None:
+        self._context, self._spawn = mp_context, spawn_workers
+        self.init_method = init_method
+        self.pipes: list[Pipe] = []
+        self.processes: list[Any] = []
+
+    def start(self, name: str, rank: int, world_size: int | None, init_method: str = "", **options: Any) -> Any:
+        mine, theirs = self._context.Pipe()
+        arguments = (theirs, name, init_method or self.init_method, rank, world_size, options)
+        (process,) = self._spawn(play, [arguments])
+        theirs.close()
+        self.pipes.append(mine)
+        self.processes.append(process)
+        assert mine.recv() == "ready"
+        return process
+
+    def outcome(self, index: int) -> Any:
+        assert self.pipes[index].poll(2 * PATIENCE_S)
+        return self.pipes[index].recv()
+
+    def outcomes(self) -> list[Any]:
+        return [self.outcome(index) for index in range(len(self.pipes))]
+
+    def end(self) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send("end")
+        for process in self.processes:
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+
+_jobs = iter(range(10**6))
+
+
+@pytest.fixture
+def init_method() -> str:
+    return f"local://test-{next(_jobs)}"
+
+
+@pytest.fixture
+def cast(no_leaks: None, mp_context: Any, spawn_workers: Callable[..., Any], init_method: str) -> Iterator[Cast]:
+    cast = Cast(mp_context, spawn_workers, init_method)
+    yield cast
+    cast.end()
+    sweep(run_root())
+
+
+@pytest.fixture
+def alice(no_leaks: None, init_method: str) -> Iterator[Worker]:
+    with worker("alice", init_method) as one:
+        yield one
+
+
+def assert_all_linked(outcomes: list[Any], names: list[str]) -> None:
+    for rank, (members, segments, _) in enumerate(outcomes):
+        assert members == names
+        assert segments == [f"{peer} for {names[rank]}" for peer in names if peer != names[rank]]
+
+
+# Worlds that fill
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_all_workers_know_each_other_and_hold_each_others_segments(cast, world_size):
+    names = ["alice", "bob", "carol"][:world_size]
+    for rank in reversed(range(world_size)):
+        cast.start(names[rank], rank, world_size)
+    assert_all_linked(cast.outcomes()[::-1], names)
+
+
+def test_a_world_larger_than_one_message_of_members_fills(init_method):
+    # Threads of one process: what counts is the list of members, not the processes.
+    world_size = 80
+    names = [f"worker{rank}" for rank in range(world_size)]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(worker(name, init_method)) for name in names]
+        threads = [
+            threading.Thread(target=one.join, args=(rank, world_size, PATIENCE_S)) for rank, one in enumerate(workers)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        members = workers[0].membership.members
+        assert [member.name for member in members] == names
+        assert all(one.membership.members == members for one in workers)
+
+
+def test_rank_and_world_size_come_from_the_environment(cast):
+    for rank, name in enumerate(["alice", "bob"]):
+        cast.start(name, -1, None, environment={"RANK": str(rank), "WORLD_SIZE": "2"})
+    assert_all_linked(cast.outcomes(), ["alice", "bob"])
+
+
+def play_again(pipe: Pipe, name: str, init_method: str, rank: int, world_size: int, rounds: int) -> None:
+    """Join under one name again and again, each time under a name that tells the round."""
+    for turn in range(rounds):
+        with worker(f"{name}-{turn}", init_method) as one:
+            one.join(rank, world_size, PATIENCE_S)
+            one.link(PATIENCE_S)
+            # Nobody leaves before all have their links.
+            for link in one.links.values():
+                link.send_message("done", {"turn": turn})
+            for link in one.links.values():
+                message = link.wait_message(time.monotonic() + PATIENCE_S)
+                assert message.body == {"turn": turn}
+            assert [member.name for member in one.membership.members] == [f"{n}-{turn}" for n in "abc"[:world_size]]
+            one.read_segments()
+    pipe.send("done")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_fifty_joins_under_one_name_never_mix(world_size, mp_context, spawn_workers, init_method):
+    pipes = [mp_context.Pipe() for _ in range(world_size)]
+    workers = spawn_workers(
+        play_again, [(pipes[rank][1], "abc"[rank], init_method, rank, world_size, 50) for rank in range(world_size)]
+    )
+    workers.join()
+    for mine, theirs in pipes:
+        assert mine.recv() == "done"
+        mine.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_file_store_leads_the_workers_to_each_other(cast, world_size, tmp_path):
+    names = ["alice", "bob", "carol"][:world_size]
+    for rank in reversed(range(world_size)):
+        cast.start(names[rank], rank, world_size, f"file://{tmp_path}/store")
+    assert_all_linked(cast.outcomes()[::-1], names)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_a_tcp_store_leads_the_workers_to_each_other(cast):
+    init_method = f"tcp://127.0.0.1:{free_port()}"
+    cast.start("bob", 1, 2, init_method)
+    cast.start("alice", 0, 2, init_method)
+    assert_all_linked(cast.outcomes()[::-1], ["alice", "bob"])
+
+
+def test_the_environment_of_torchrun_leads_the_workers_to_each_other(cast):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    cast.start("alice", -1, None, "env://", environment={**address, "RANK": "0"})
+    cast.start("bob", 1, 2, "env://", environment=address)
+    assert_all_linked(cast.outcomes(), ["alice", "bob"])
+
+
+def test_a_store_of_ones_own_is_used(init_method):
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    with worker("alice", init_method) as alice, worker("bob", init_method) as bob:
+        for count in range(2):
+            thread = threading.Thread(target=bob.join, args=(1, 2, PATIENCE_S), kwargs={"store": store, "count": count})
+            thread.start()
+            alice.join(0, 2, PATIENCE_S, store=store, count=count)
+            thread.join()
+            assert bob.membership.members == alice.membership.members
+
+
+def test_a_store_that_outlived_its_job_does_not_lead_to_the_dead(cast, tmp_path):
+    init_method = f"file://{tmp_path}/store"
+    killed = cast.start("old", 0, 2, init_method)
+    while not (tmp_path / "store").exists() or b"old" not in (tmp_path / "store").read_bytes():
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    cast.start("bob", 1, 2, init_method)
+    cast.start("alice", 0, 2, init_method)
+    assert_all_linked([cast.outcome(2), cast.outcome(1)], ["alice", "bob"])
+
+
+# Mistakes
+
+ALICE, BOB = r"'alice' \(rank 0, pid \d+\)", r"'bob' \(rank 1, pid \d+\)"
+MISTAKES: dict[str, tuple[list[tuple[Any, ...]], str]] = {
+    "duplicate rank": (
+        [("alice", 0, 3), ("bob", 1, 3), ("carol", 1, 3)],
+        rf"two workers of job 'JOB' claim rank 1: ({BOB} and 'carol' \(rank 1, .*\)|'carol' .* and {BOB})",
+    ),
+    "duplicate name": (
+        [("alice", 0, 3), ("bob", 1, 3), ("bob", 2, 3)],
+        rf"two workers of job 'JOB' claim the name 'bob': {BOB} and 'bob' \(rank 2, pid \d+\)",
+    ),
+    "the name of the coordinator": (
+        [("alice", 0, 2), ("alice", 1, 2)],
+        rf"two workers of job 'JOB' claim the name 'alice': {ALICE} and 'alice' \(rank 1, pid \d+\)",
+    ),
+    "different world sizes": (
+        [("alice", 0, 2), ("bob", 1, 3)],
+        rf"workers of job 'JOB' differ in world_size: {BOB} says 3, {ALICE} says 2",
+    ),
+    "different versions": (
+        [("alice", 0, 2), ("bob", 1, 2, {"version": "0.9"})],
+        rf"worker {BOB} has fastref 0.9 \(memory layout 1\), worker {ALICE} has fastref 1.0 \(memory layout 1\)",
+    ),
+    "different layouts": (
+        [("alice", 0, 2, {"layout": 2}), ("bob", 1, 2)],
+        rf"worker {BOB} has fastref 1.0 \(memory layout 1\), worker {ALICE} has fastref 1.0 \(memory layout 2\)",
+    ),
+    "another pid namespace": (
+        [("alice", 0, 2), ("bob", 1, 2, {"host": "elsewhere:00000000:1"})],
+        rf"worker {BOB} runs on elsewhere:00000000:1 and worker {ALICE} on .*: only workers of one host",
+    ),
+    "two coordinators": (
+        [("alice", 0, 3), ("alice", 0, 3), ("bob", 1, 3)],
+        rf"two workers of job 'JOB' claim rank 0: {ALICE} and {ALICE}",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_mistake_is_told_to_everybody_in_one_sentence(cast, mistake, order):
+    workers, sentence = MISTAKES[mistake]
+    for name, rank, world_size, *changes in workers[::order]:
+        cast.start(name, rank, world_size, changes=changes[0] if changes else {})
+    outcomes = cast.outcomes()
+    assert [outcome[0] for outcome in outcomes] == [RendezvousError] * len(workers)
+    sentences = {outcome[1] for outcome in outcomes}
+    assert len(sentences) == 1
+    (told,) = sentences
+
+    assert re.match(sentence.replace("JOB", job_name(cast.init_method)), told), told
+    pids = {process.pid for process in cast.processes}
+    assert sum(str(pid) in told for pid in pids) >= 2
+    assert max(outcome[2] for outcome in outcomes) < TOLD_S
+
+
+def test_a_store_that_two_coordinators_meet_at_tells_both(cast, tmp_path):
+    init_method = f"file://{tmp_path}/store"
+    for name in ("alice", "eve"):
+        cast.start(name, 0, 2, init_method)
+    outcomes = cast.outcomes()
+    assert outcomes[0][:2] == outcomes[1][:2]
+    assert outcomes[0][0] is RendezvousError
+    assert "claim rank 0" in outcomes[0][1] and "'alice'" in outcomes[0][1] and "'eve'" in outcomes[0][1]
+
+
+def test_a_store_tells_workers_of_two_hosts_that_they_cannot_share_memory(cast, tmp_path):
+    init_method = f"file://{tmp_path}/store"
+    cast.start("alice", 0, 2, init_method)
+    cast.start("bob", 1, 2, init_method, changes={"host": "elsewhere"})
+    outcomes = cast.outcomes()
+    assert outcomes[0][:2] == outcomes[1][:2]
+    assert outcomes[0][0] is RendezvousError
+    assert "runs on elsewhere" in outcomes[0][1] and host_identity() in outcomes[0][1]
+
+
+def test_a_rank_out_of_range_is_told_to_everybody(cast):
+    cast.start("alice", 0, 2)
+    cast.start("bob", 1, 2)
+    cast.start("carol", 2, 2)
+    # Without the third the world is full at once.
+    assert_all_linked([cast.outcome(0), cast.outcome(1)], ["alice", "bob"])
+    assert cast.outcome(2)[:1] == (UsageError,)
+
+
+def test_a_rank_out_of_range_that_leaves_a_seat_empty_is_told_to_everybody(cast):
+    cast.start("alice", 0, 3)
+    cast.start("bob", 1, 3)
+    cast.start("carol", 7, 3)
+    alice, bob, carol = cast.outcomes()
+    assert alice[:2] == bob[:2]
+    assert alice[0] is RendezvousError
+    assert "'carol' (rank 7" in alice[1] and "ranks go from 0 to 2" in alice[1]
+    assert carol[0] is UsageError
+    assert "rank 7 of worker 'carol'" in carol[1]
+    assert max(alice[2], bob[2], carol[2]) < TOLD_S
+
+
+def test_a_world_that_never_fills_names_who_came_and_which_ranks_are_missing(cast):
+    cast.start("alice", 0, 4, timeout_s=1.0)
+    cast.start("carol", 2, 4, timeout_s=5.0)
+    outcomes = cast.outcomes()
+    pids = [process.pid for process in cast.processes]
+    sentence = (
+        f"only 2 of 4 workers of job {job_name(cast.init_method)!r} came within 1 s: "
+        f"'alice' (rank 0, pid {pids[0]}), 'carol' (rank 2, pid {pids[1]}); missing ranks: 1, 3"
+    )
+    assert [outcome[:2] for outcome in outcomes] == [(RendezvousError, sentence)] * 2
+    assert outcomes[0][2] >= 1.0
+
+
+def test_a_worker_that_gives_up_first_learns_who_is_missing_and_frees_its_seat(cast):
+    cast.start("alice", 0, 3)
+    cast.start("bob", 1, 3, timeout_s=0.3)
+    kind, sentence, _ = cast.outcome(1)
+    assert kind is RendezvousError
+    assert "only 2 of 3 workers" in sentence and "missing ranks: 2" in sentence
+    cast.start("bob", 1, 3)
+    cast.start("carol", 2, 3)
+    assert_all_linked([cast.outcome(0), cast.outcome(2), cast.outcome(3)], ["alice", "bob", "carol"])
+
+
+def test_without_a_coordinator_a_worker_says_that_rank_0_is_missing(cast):
+    cast.start("bob", 1, 2, timeout_s=0.2)
+    kind, sentence, waited_s = cast.outcome(0)
+    assert kind is RendezvousError
+    assert "waited 0.2 s for the 2 workers" in sentence and "rank 0, which coordinates, is missing" in sentence
+    assert waited_s >= 0.2
+
+
+def test_missing_ranks_and_sizes_are_usage_errors(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match="local://x needs a rank of 0 or more: pass rank= to init_rpc or set RANK"):
+        resolve_rank("local://x", -1, 2)
+    with pytest.raises(UsageError, match="needs a rank of 0 or more"):
+        resolve_rank("tcp://x:1", -2, 2)
+    for size in (None, 0):
+        with pytest.raises(UsageError, match="not available yet"):
+            resolve_rank("local://x", 0, size)
+    with pytest.raises(UsageError, match="must be 1 or more"):
+        resolve_rank("local://x", 0, -2)
+    for method in ("", "local", "local://", "://x"):
+        with pytest.raises(UsageError, match="init_method must look like|needs the name"):
+            resolve_rank(method, 0, 1)
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UsageError, match="rank must be an integer, it is 'first'"):
+        resolve_rank("env://", -1, 2)
+    assert resolve_rank("tcp://x:1?rank=1&world_size=3") == (1, 3)
+    assert resolve_rank("local://x", 0, 1) == (0, 1)
+
+
+def test_what_torch_says_about_its_own_methods_passes_through(alice, monkeypatch, tmp_path):
+    for variable in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(variable, raising=False)
+    for method, text in [
+        (f"file://{tmp_path}/store", "rank parameter missing"),
+        ("tcp://127.0.0.1", "port number missing"),
+        ("env://", "environment variable RANK expected"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            join(alice.record, alice.listener, method, -1, 2, 1.0)
+
+
+def test_a_store_that_cannot_be_had_is_a_rendezvous_error_with_its_cause(alice):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        method = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(RendezvousError, match="rank 0 found no c10d store by tcp://") as caught:
+            join(alice.record, alice.listener, method, 0, 2, 5.0)
+    assert "EADDRINUSE" in str(caught.value.__cause__)
+    with pytest.raises(RendezvousError, match="rank 1 found no c10d store") as caught:
+        join(alice.record, alice.listener, f"tcp://127.0.0.1:{free_port()}", 1, 2, 0.5)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+# Deaths
+
+
+def test_the_seat_of_a_worker_that_was_killed_while_it_waited_is_free_again(cast):
+    cast.start("alice", 0, 3)
+    killed = cast.start("bob", 1, 3)
+    time.sleep(0.2)
+    killed.kill()
+    killed.join()
+    cast.start("carol", 2, 3)
+    cast.start("bob", 1, 3)
+    assert_all_linked([cast.outcome(0), cast.outcome(3), cast.outcome(2)], ["alice", "bob", "carol"])
+
+
+def test_workers_wait_on_for_another_coordinator_when_theirs_was_killed(cast):
+    killed = cast.start("old", 0, 3)
+    cast.start("bob", 1, 3)
+    cast.start("carol", 2, 3, delay_s=0.5)
+    time.sleep(0.2)
+    killed.kill()
+    killed.join()
+    cast.start("alice", 0, 3)
+    assert_all_linked([cast.outcome(3), cast.outcome(1), cast.outcome(2)], ["alice", "bob", "carol"])
+
+
+def test_a_coordinator_that_was_killed_for_good_is_named_at_the_end(cast):
+    killed = cast.start("old", 0, 3)
+    cast.start("bob", 1, 3, timeout_s=0.5)
+    time.sleep(0.2)
+    killed.kill()
+    kind, sentence, _ = cast.outcome(1)
+    assert kind is RendezvousError
+    assert f"coordinator 'old' (rank 0, pid {killed.pid})" in sentence
+
+
+def test_a_coordinator_of_a_running_job_is_not_joined_and_a_second_one_is_told(cast):
+    cast.start("alice", 0, 1)
+    assert_all_linked([cast.outcome(0)], ["alice"])
+    cast.start("bob", 1, 2, timeout_s=0.5)
+    kind, sentence, _ = cast.outcome(1)
+    assert kind is RendezvousError
+    assert f"coordinator 'alice' (rank 0, pid {cast.processes[0].pid}) has all its workers already" in sentence
+    cast.start("eve", 0, 2)
+    cast.start("bob", 1, 2)
+    kind, sentence, waited_s = cast.outcome(2)
+    assert cast.outcome(3)[:2] == (kind, sentence)
+    assert kind is RendezvousError
+    pids = [process.pid for process in cast.processes]
+    assert f"runs already with coordinator 'alice' (rank 0, pid {pids[0]}); 'eve' (rank 0, pid {pids[2]})" in sentence
+    assert waited_s < TOLD_S
+
+
+def test_a_member_that_dies_before_it_is_linked_is_named(cast):
+    with worker("alice", cast.init_method) as alice:
+        process = cast.start("bob", 1, 2)
+        alice.join(0, 2, PATIENCE_S)
+        process.kill()
+        process.join()
+        with pytest.raises(WorkerDied, match=rf"worker 'bob' \(rank 1, pid {process.pid}\) died"):
+            alice.link(PATIENCE_S)
+        assert alice.links == {}
+
+
+def test_a_member_that_never_links_is_named_at_the_deadline(cast):
+    with worker("alice", cast.init_method) as alice:
+        process = cast.start("bob", 1, 2)
+        alice.join(0, 2, PATIENCE_S)
+        os.kill(process.pid, signal.SIGSTOP)
+        stopped = dataclasses.replace(alice.membership.members[1], instance="0" * 16)
+        members = (alice.record, stopped)
+        with pytest.raises(RendezvousError, match=r"'alice' .* got no link in time to: 'bob' \(rank 1"):
+            link_all(alice.record, members, alice.listener, lambda peer: {}, time.monotonic() + 0.3)
+        os.kill(process.pid, signal.SIGKILL)
+
+
+# Links between two workers of this process
+
+
+@pytest.fixture
+def pair(no_leaks: None, init_method: str) -> Iterator[tuple[Link, Link]]:
+    """Two ends of one link: (alice's to bob, bob's to alice)."""
+    with worker("alice", init_method) as alice, worker("bob", init_method) as bob:
+        thread = threading.Thread(target=lambda: (bob.join(1, 2, PATIENCE_S), bob.link(PATIENCE_S)))
+        thread.start()
+        alice.join(0, 2, PATIENCE_S)
+        alice.link(PATIENCE_S)
+        thread.join()
+        yield alice.links[1], bob.links[0]
+
+
+def test_messages_and_descriptors_arrive_whole_and_in_order(pair):
+    here, there = pair
+    fd = create_memfd("test", 5)
+    os.pwrite(fd, b"hello", 0)
+    for number in range(3):
+        here.send_message("numbered", {"number": number}, {"ring": (fd, 5), "arena": (fd, 4)})
+    os.close(fd)
+    for number in range(3):
+        message = there.receive_message()
+        assert (message.kind, message.body) == ("numbered", {"number": number})
+        assert {label: size for label, (_, size) in message.descriptors.items()} == {"ring": 5, "arena": 4}
+        for received, _ in message.descriptors.values():
+            assert not os.get_inheritable(received)
+            assert os.pread(received, 5, 0) == b"hello"
+        message.close()
+    with pytest.raises(BlockingIOError):
+        there.receive_message()
+
+
+def test_what_was_sent_before_the_end_is_received_before_the_end(pair):
+    here, there = pair
+    there.send_message("unread", {})
+    here.send_message("last", {})
+    here.close()
+    assert there.receive_message().kind == "last"
+    assert there.receive_message() is None
+    assert there.is_gone()
+    with pytest.raises(WorkerDied, match="'alice'"):
+        there.send_message("late", {})
+
+
+def test_a_peer_that_does_not_read_is_a_call_timeout_that_names_it(pair):
+    here, _ = pair
+    with pytest.raises(CallTimeout, match=r"worker 'bob' \(rank 1, .* has not read its messages for 0.05 s"):
+        for _ in range(10_000):
+            here.send_message("flood", {"text": "x" * 10_000}, timeout_s=0.05)
+
+
+def test_a_message_that_is_too_large_is_refused_before_it_is_sent(pair):
+    here, there = pair
+    with pytest.raises(UsageError, match="is too large"):
+        here.send_message("large", {"text": "x" * MAX_MESSAGE_BYTES})
+    with pytest.raises(UsageError, match="17 descriptors is too large"):
+        here.send_message("many", {}, {str(number): (0, 0) for number in range(17)})
+    with pytest.raises(BlockingIOError):
+        there.receive_message()
+
+
+def test_a_segment_that_was_not_handed_over_is_a_protocol_error(pair):
+    with pytest.raises(ProtocolError, match=r"'bob' .* handed over no segment 'ring'"):
+        pair[0].take("ring")
+
+
+NONSENSE = [
+    b"x",
+    b"\xff\xfe",
+    b"[]",
+    b"null",
+    b"[" * 60_000,
+    b'{"kind":' + b"9" * 6000 + b"}",
+    b"{}",
+    b'{"kind":"","body":{},"descriptors":[]}',
+    b'{"kind":1,"body":{},"descriptors":[]}',
+    b'{"kind":"x","body":[],"descriptors":[]}',
+    b'{"kind":"x","body":{},"descriptors":{}}',
+    b'{"kind":"x","body":{},"descriptors":[["ring",1]]}',
+    b'{"kind":"x","body":{"a":NaN},"descriptors":[]}',
+    b"x" * (MAX_MESSAGE_BYTES + 1),
+    b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+]
+
+
+@pytest.mark.parametrize("data", NONSENSE, ids=range(len(NONSENSE)))
+def test_nonsense_on_a_link_is_a_protocol_error(pair, data):
+    here, there = pair
+    here.socket.sendall(data)
+    with pytest.raises(ProtocolError):
+        there.receive_message()
+    here.send_message("next", {})
+    assert there.receive_message().kind == "next"
+
+
+@pytest.mark.parametrize(
+    "announced", [[], [["a", 1]], [["a", 1], ["a", 2]], [["a", -1], ["b", 1]], [1, 2], [["a"]] * 2]
+)
+def test_descriptors_of_a_message_that_is_refused_are_closed(pair, announced):
+    here, there = pair
+    fd = create_memfd("test", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    envelope = {"kind": "x", "body": {}, "descriptors": announced}
+    socket.send_fds(here.socket, [json.dumps(envelope).encode()], [fd, fd])
+    with pytest.raises(ProtocolError, match="field"):
+        there.receive_message()
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(fd)
+
+
+# Visitors
+
+
+def next_visitor(listener: Listener) -> Connection | None:
+    wait([listener], PATIENCE_S)
+    return listener.accept()
+
+
+def test_a_visitor_of_another_user_is_turned_away_before_a_byte_is_read(alice, monkeypatch):
+    visitor = connect(alice.record.address)
+    monkeypatch.setattr("fastref.rendezvous.connection.os.geteuid", lambda: 12345)
+    assert next_visitor(alice.listener) is None
+    monkeypatch.undo()
+    assert visitor.wait_message(time.monotonic() + PATIENCE_S) is None
+    visitor.close()
+
+
+def test_running_out_of_descriptors_turns_away_only_the_new_visitor(alice):
+    first, second = connect(alice.record.address), connect(alice.record.address)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    held = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(os.dup(0))
+        assert alice.listener.accept() is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+    assert first.is_gone()
+    accepted = alice.listener.accept()
+    assert not second.is_gone()
+    for connection in (first, second, accepted):
+        connection.close()
+
+
+def test_a_long_path_of_a_socket_works(tmp_path):
+    directory = tmp_path / ("x" * 100)
+    listener = Listener(directory, "0" * 16)
+    visitor = connect(str(listener.path))
+    accepted = next_visitor(listener)
+    assert accepted.pid == visitor.pid == os.getpid()
+    for part in (visitor, accepted, listener):
+        part.close()
+    assert not directory.exists()
+
+
+def test_a_listener_survives_that_its_empty_directory_is_swept(monkeypatch, tmp_path):
+    directory = tmp_path / "job"
+    made = []
+
+    def make_and_lose(path):
+        path.mkdir(mode=0o700)
+        made.append(path)
+        if len(made) < 3:
+            path.rmdir()
+
+    monkeypatch.setattr("fastref.rendezvous.links.make_private_directory", make_and_lose)
+    listener = Listener(directory, "0" * 16)
+    assert listener.path.exists() and len(made) == 3
+    listener.close()
+
+
+def test_a_forked_child_that_closes_everything_harms_nothing(alice):
+    alice.join(0, 1, PATIENCE_S)
+    child = os.fork()
+    if child == 0:
+        alice.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert alice.listener.path.exists()
+    assert len(LocalMeeting(alice.listener.directory).look()) == 1
+    visitor = connect(alice.record.address)
+    next_visitor(alice.listener).close()
+    visitor.close()
+
+
+STRANGERS: dict[str, Callable[[Connection, WorkerRecord], None]] = {
+    "that says nothing and goes": lambda visitor, record: visitor.close(),
+    "that says nothing and stays": lambda visitor, record: None,
+    "that talks HTTP": lambda visitor, record: visitor.socket.sendall(b"GET / HTTP/1.1\r\n\r\n"),
+    "that says something else": lambda visitor, record: visitor.send_message("hello", {}),
+    "of another program": lambda visitor, record: visitor.send_message("join-hello", {"magic": "other"}),
+    "without a record": lambda visitor, record: visitor.send_message(
+        "join-hello", {**join_hello(record, "x"), "record": {}}
+    ),
+    "of another job": lambda visitor, record: visitor.send_message("join-hello", join_hello(record, "x")),
+    "that lies about its pid": lambda visitor, record: visitor.send_message(
+        "join-hello", join_hello(dataclasses.replace(record, pid=1), "JOB")
+    ),
+    "that wants a link before the time": lambda visitor, record: visitor.send_message(
+        "link-hello", {**join_hello(record, "x"), "to_instance": "0" * 16}
+    ),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_world_fills_in_spite_of_a_stranger(cast, alice, stranger):
+    visitor = connect(alice.record.address)
+    record = dataclasses.replace(alice.record, name="eve", rank=1, world_size=2)
+    STRANGERS[stranger](visitor, record)
+    cast.start("bob", 1, 2)
+    alice.join(0, 2, PATIENCE_S)
+    visitor_again = connect(alice.record.address)
+    STRANGERS[stranger](visitor_again, record)
+    alice.link(PATIENCE_S)
+    assert alice.read_segments() == ["bob for alice"]
+    visitor.close()
+    visitor_again.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", "a b"),
+        ("name", 3),
+        ("rank", -1),
+        ("rank", True),
+        ("rank", 1.5),
+        ("pid", 0),
+        ("instance", "XYZ"),
+        ("instance", "../../../../etc"),
+        ("address", "relative"),
+        ("address", "/\0"),
+        ("world_size", 0),
+        ("world_size", 2**17),
+        ("version", ""),
+        ("layout", None),
+        ("bits", 65),
+        ("host", []),
+    ],
+)
+def test_a_damaged_record_is_an_error_that_names_the_field(alice, field, value):
+    assert WorkerRecord.from_json(alice.record.to_json()) == alice.record
+    fields = alice.record.to_fields()
+    with pytest.raises(ProtocolError, match=f"field {field!r}"):
+        WorkerRecord.from_json(json.dumps({**fields, field: value}).encode())
+    del fields[field]
+    with pytest.raises(ProtocolError, match=f"field {field!r} is missing"):
+        WorkerRecord.from_fields(fields)
