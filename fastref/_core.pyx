@@ -513,6 +513,10 @@ cdef class ReferenceTable:
         FR_FAILPOINT("table.during_reap")
         return done
 
+    def is_flagged(self) -> bool:
+        """True when somebody has flagged an entry since the last sweep."""
+        return self.needs_sweep()
+
     def free(self, index: int) -> None:
         """Make a closed entry available again, after its value has been dropped.
 

@@ -52,3 +52,63 @@ def check_worker_name(name: str) -> str:
             f"Worker name must match ^[A-Za-z0-9-_:]*$, and must be non-empty and shorter than 128 chars, but got {name!r}"
         )
     return name
+
+
+class RpcBackendOptions:
+    """How a worker joins and behaves.
+
+    Parameters
+    ----------
+    rpc_timeout : float
+        Seconds that a call may take by default; 0: for ever.
+    init_method : str
+        Where the workers meet: ``env://``, ``tcp://HOST:PORT``, ``file:///PATH`` or, on one host and without any port,
+        ``local://NAME``.
+    num_worker_threads : int
+        How many functions may run at once here without being blocked in fastref.
+    table_bits : int
+        How many ranks have a bit in this worker's reference table, 0 to 61; the others go by messages.
+    table_capacity : int
+        References that others may hold on values of this worker at once, a multiple of 64.
+    arena_limit : int or None
+        Bytes of shared memory that this worker may use for payloads; None: half of the memory it may use.
+    switch_interval : float or None
+        Seconds for ``sys.setswitchinterval``; None leaves it alone. A busy owner answers after up to this long; the
+        interpreter's default is 5 ms.
+
+    Raises
+    ------
+    UsageError
+        When a value is out of range.
+    """
+
+    def __init__(
+        self,
+        rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC,
+        init_method: str = DEFAULT_INIT_METHOD,
+        *,
+        num_worker_threads: int = DEFAULT_NUM_WORKER_THREADS,
+        table_bits: int = 61,
+        table_capacity: int = 1 << 18,
+        arena_limit: int | None = None,
+        switch_interval: float | None = None,
+    ) -> None:
+        if isinstance(rpc_timeout, bool) or not isinstance(rpc_timeout, (int, float)) or rpc_timeout < 0:
+            raise UsageError(f"rpc_timeout is a number of seconds, 0 for ever, got {rpc_timeout!r}")
+        if not isinstance(init_method, str):
+            raise UsageError(f"init_method is a string such as env://, got {init_method!r}")
+        if not isinstance(num_worker_threads, int) or num_worker_threads < 1:
+            raise UsageError(f"num_worker_threads is at least 1, got {num_worker_threads!r}")
+        if not 0 <= table_bits <= 61:
+            raise UsageError(f"table_bits is 0 to 61, got {table_bits!r}")
+        if table_capacity < 64 or table_capacity % 64 or table_capacity > 1 << 24:
+            raise UsageError(f"table_capacity is a multiple of 64 up to 2**24, got {table_capacity!r}")
+        if arena_limit is not None and arena_limit < 0:
+            raise UsageError(f"arena_limit is a number of bytes, got {arena_limit!r}")
+        self.rpc_timeout = float(rpc_timeout)
+        self.init_method = init_method
+        self.num_worker_threads = num_worker_threads
+        self.table_bits = table_bits
+        self.table_capacity = table_capacity
+        self.arena_limit = arena_limit
+        self.switch_interval = switch_interval

@@ -329,11 +329,11 @@ def test_a_control_segment_has_no_name_left_and_its_memory_is_shared_through_the
     assert not os.get_inheritable(segment.fd)
     assert os.fstat(segment.fd).st_mode & 0o777 == 0o600
     assert os.fstat(segment.fd).st_blocks * 512 >= 3 * PAGE
-    writer = map_fd(segment.fd, segment.size_bytes, writable=True)
-    reader = map_fd(segment.fd, segment.size_bytes, writable=False)
-    assert reader[:] == bytes(3 * PAGE)
+    writer = memoryview(map_fd(segment.fd, segment.size_bytes, writable=True))
+    reader = memoryview(map_fd(segment.fd, segment.size_bytes, writable=False))
+    assert reader.tobytes() == bytes(3 * PAGE)
     writer[PAGE : PAGE + 5] = b"hello"
-    assert reader[PAGE : PAGE + 5] == b"hello"
+    assert reader[PAGE : PAGE + 5].tobytes() == b"hello"
     segment.unlink()
     segment.close()
     segment.close()
@@ -360,14 +360,14 @@ def test_a_full_shared_memory_directory_is_an_error_that_names_it_and_never_a_si
         from fastref.segments import InstanceLock, create_control, map_fd, run_root
         lock = InstanceLock(run_root())
         small = create_control(16384, lock.identity)
-        map_fd(small.fd, small.size_bytes, writable=True)[:] = b"x" * 16384
+        memoryview(map_fd(small.fd, small.size_bytes, writable=True))[:] = b"x" * 16384
         try:
             create_control(65536, lock.identity)
         except ResourceError as error:
             print(error)
         assert os.listdir("/dev/shm") == [], os.listdir("/dev/shm")
         again = create_control(32768, lock.identity)
-        map_fd(again.fd, again.size_bytes, writable=True)[:] = b"x" * 32768
+        memoryview(map_fd(again.fd, again.size_bytes, writable=True))[:] = b"x" * 32768
         lock.release()
     """)
     command = 'mount -t tmpfs -o size=64k none /dev/shm && exec "$0" -c "$1"'
@@ -406,7 +406,7 @@ def test_a_memory_file_may_grow_when_asked_for_but_not_shrink():
 
 
 def test_after_the_seal_the_owner_writes_and_allocates_and_nobody_else_can(memory):
-    owner = map_fd(memory, 4 * PAGE, writable=True)
+    owner = memoryview(map_fd(memory, 4 * PAGE, writable=True))
     seal(memory, future_write=True)
     with pytest.raises(PermissionError):
         map_fd(memory, 4 * PAGE, writable=True)
@@ -414,7 +414,7 @@ def test_after_the_seal_the_owner_writes_and_allocates_and_nobody_else_can(memor
         os.pwrite(memory, b"x", 0)
     allocate(memory, PAGE, PAGE)
     assert os.fstat(memory).st_blocks * 512 == PAGE
-    reader = map_fd(memory, 4 * PAGE, writable=False)
+    reader = memoryview(map_fd(memory, 4 * PAGE, writable=False))
     owner[PAGE] = 7
     assert reader[PAGE] == 7
     with pytest.raises(TypeError):
@@ -480,7 +480,7 @@ def test_a_segment_shorter_than_announced_is_not_mapped(memory):
 
 def test_a_mapping_outlives_its_descriptor():
     fd = create_memfd("test", PAGE)
-    mapping = map_fd(fd, PAGE, writable=True)
+    mapping = memoryview(map_fd(fd, PAGE, writable=True))
     os.close(fd)
     mapping[0] = 1
     assert mapping[0] == 1

@@ -49,6 +49,18 @@ static inline int fr_bell_ring(struct fr_bell *b, unsigned peer)
     return fr_bell_wake(b);
 }
 
+/* Receiver, at the death of a peer: it may have been killed anywhere inside fr_bell_ring, after its tail and before
+ * its bit, or between taking `armed` and the wake-up. Do the whole of it in its place. */
+static inline void fr_bell_ring_for_dead(struct fr_bell *b, unsigned peer)
+{
+    fr_or(&b->ready[peer >> 6], (uint64_t)1 << (peer & 63));
+    fr_exchange32(&b->armed, FR_ARMED_NOBODY);
+    fr_add32(&b->leader, 1);
+    fr_add32(&b->follower, 1);
+    fr_futex_wake(&b->leader, 1);
+    fr_futex_wake(&b->follower, 1);
+}
+
 /* Consumer: take all ready bits of one word. */
 FR_INLINE uint64_t fr_bell_take(struct fr_bell *b, unsigned index)
 {

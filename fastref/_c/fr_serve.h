@@ -22,7 +22,8 @@ struct fr_serving {                 /* private to the process, shared by its thr
     uint32_t watcher;               /* 1: a follower is awake and watching */
     uint64_t progress;              /* grows when a leader comes back from user code */
     uint32_t away;                  /* leaders inside user code that are not known to be blocked */
-    uint32_t queued;                /* calls that wait for a thread */
+    uint32_t queued;                /* calls that wait for a thread, and one may have it */
+    uint32_t errands;               /* something else to do: a sweep, outcomes to settle */
     uint32_t stopping;
     struct fr_waiting waiting;      /* the leader's habit */
 };
@@ -34,7 +35,7 @@ FR_INLINE int fr_serve_take_token(struct fr_serving *s)
 
 FR_INLINE int fr_serve_has_work(struct fr_serving *s)
 {
-    return fr_bell_any(s->bell) || fr_load32_relaxed(&s->queued);
+    return fr_bell_any(s->bell) || fr_load32_relaxed(&s->queued) || fr_load32_relaxed(&s->errands);
 }
 
 /* The leader, before user code: from here on a message wakes a follower. */
@@ -75,27 +76,41 @@ static inline void fr_serve_block(struct fr_serving *s)
 
 FR_INLINE void fr_serve_unblock(struct fr_serving *s) { fr_add32(&s->away, 1); }
 
-/* Wake a follower, whatever the bell says: there is work that needs a thread. */
-static inline void fr_serve_call_follower(struct fr_serving *s)
+/* A queued call may run now: wake whoever can take it. */
+static inline void fr_serve_kick(struct fr_serving *s)
 {
+    fr_fence(); /* SYNC: queued before armed; pairs with the sleepers' armed before queued */
+    if (!fr_bell_wake(s->bell) && !fr_load32_relaxed(&s->token)) {
+        fr_add32(&s->bell->follower, 1);
+        fr_futex_wake(&s->bell->follower, 1);
+    }
+}
+
+/* Everybody must look at `stopping`. */
+static inline void fr_serve_stop(struct fr_serving *s)
+{
+    fr_store32_release(&s->stopping, 1);
+    fr_fence();
+    fr_add32(&s->bell->leader, 1);
     fr_add32(&s->bell->follower, 1);
-    fr_futex_wake(&s->bell->follower, 1);
+    fr_futex_wake(&s->bell->leader, 0x7fffffff);
+    fr_futex_wake(&s->bell->follower, 0x7fffffff);
 }
 
 /* The leader with nothing to do: wait for a message. 1: look at the rings; 0: a slice is over. */
 static inline int fr_serve_wait_leader(struct fr_serving *s, int64_t slice_ns)
 {
     struct fr_bell *b = s->bell;
-    if (FR_SPIN_UNTIL(&s->waiting, fr_bell_any(b) || fr_load32_relaxed(&s->stopping)))
+    if (FR_SPIN_UNTIL(&s->waiting, fr_serve_has_work(s) || fr_load32_relaxed(&s->stopping)))
         return 1;
     s->waiting.slept++;
     uint32_t seen = fr_load32_acquire(&b->leader); /* SYNC: before armed; pairs with the producer's bump */
     fr_store32_relaxed(&b->armed, FR_ARMED_LEADER);
     fr_fence(); /* SYNC: armed before ready; pairs with the producer's ready before armed */
-    if (!fr_bell_any(b) && !fr_load32_relaxed(&s->stopping))
+    if (!fr_serve_has_work(s) && !fr_load32_relaxed(&s->stopping))
         fr_futex_wait(&b->leader, seen, slice_ns);
     fr_cas32(&b->armed, FR_ARMED_LEADER, FR_ARMED_NOBODY);
-    return fr_bell_any(b);
+    return fr_serve_has_work(s);
 }
 
 /* True when a follower should step in: nobody drains, and nobody is expected back. */

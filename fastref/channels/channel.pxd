@@ -43,6 +43,7 @@ cdef extern from "fr_bell.h" nogil:
     bint fr_bell_ring(fr_bell*, unsigned)
     uint64_t fr_bell_take(fr_bell*, unsigned)
     bint fr_bell_any(fr_bell*)
+    void fr_bell_ring_for_dead(fr_bell*, unsigned)
 
 
 cdef enum:

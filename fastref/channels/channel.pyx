@@ -289,6 +289,11 @@ cdef class Inbox:
         self.done()
         return (arrival.source, data)
 
+    def ring_for_dead(self, source: int) -> None:
+        """Look at what a dead peer wrote, even if it was killed before it could ring."""
+        self._checked(source)
+        fr_bell_ring_for_dead(self.bell, source)
+
     def give_back(self) -> None:
         """Give undrained ready bits back to the bell, as before another thread drains."""
         self.put_back()

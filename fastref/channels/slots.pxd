@@ -58,6 +58,7 @@ cdef class ResponseSlots:
     cdef void end(self, int slot) noexcept nogil
     cdef int give_up(self, int slot, bint dead) noexcept nogil
     cdef void finish_here(self, int slot, uint64_t number, uint32_t flags) noexcept nogil
+    cdef bint waits_for(self, int slot, uint64_t number) noexcept nogil
     cdef void wake_all(self) noexcept nogil
 
 

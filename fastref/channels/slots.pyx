@@ -161,14 +161,27 @@ cdef class ResponseSlots:
             self.slots[slot].flags = flags
             fr_slot_finish(&self.slots[slot], number)
 
+    cdef bint waits_for(self, int slot, uint64_t number) noexcept nogil:
+        """True while the caller of ``number`` has not read or given up its answer."""
+        cdef uint64_t state = fr_load_acquire(&self.slots[slot].state)
+        return fr_slot_number(state) == number and fr_slot_state(state) == FR_SLOT_DONE
+
     cdef void wake_all(self) noexcept nogil:
         """Let every waiting thread look at its peer's death flag."""
         cdef unsigned slot
-        fr_fence()
         for slot in range(self.count):
-            if fr_load32_relaxed(&self.slots[slot].sleeping):
-                fr_store32_release(&self.slots[slot].sleeping, 0)
-                fr_futex_wake(&self.slots[slot].sleeping, 1)
+            # Whatever `sleeping` says: a callee may have been killed between clearing it and its wake-up.
+            fr_store32_release(&self.slots[slot].sleeping, 0)
+            fr_futex_wake(&self.slots[slot].sleeping, 1)
+
+    def stop(self) -> None:
+        """Tell every waiting thread that no answer will come."""
+        fr_store32_release(&self.stopped, 1)
+        self.wake_all()
+
+    def wake_waiting(self) -> None:
+        """Let every waiting thread look at its peer's death flag."""
+        self.wake_all()
 
     def snapshot(self) -> dict:
         """Plain figures: slots, free, abandoned, and how waits ended."""

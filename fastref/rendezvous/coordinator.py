@@ -92,8 +92,8 @@ class Coordinator:
     def _wait(self, deadline: float) -> None:
         left_s = max(0.0, deadline - time.monotonic())
         for key, _ in self._selector.select(min(left_s, _RIVAL_RETRY_S if self._rivals else _LONGEST_WAIT_S)):
-            # An earlier event of this batch may have closed it.
-            if key.fd in self._selector.get_map():
+            # An earlier event of this batch may have closed it, and its number may be that of another by now.
+            if self._selector.get_map().get(key.fd) is key:
                 key.data()
 
     def _look_around(self) -> None:
@@ -101,13 +101,10 @@ class Coordinator:
         complaint = self._meeting.complaint()
         if complaint is not None:
             self._fail(complaint)
-        elif now >= self._deadline:
-            self._fail(self._roll_call())
+        elif now >= self._deadline or (self._rivals and now >= self._rival_deadline):
+            # Everybody had time to come and is told; to wait for more would be too long.
             self._linger_s = 0.0
-        elif self._rivals and now >= self._rival_deadline:
             self._fail(self._roll_call())
-            # Whoever came during the grace has been told; more waiting would be too much.
-            self._linger_s = 0.0
         elif self._rivals and now >= self._rival_retry:
             self._call_rivals(now)
 

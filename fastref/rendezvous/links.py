@@ -128,6 +128,8 @@ class Listener:
 class Link(Connection):
     """A connection to one worker of the job, and what it handed over.
 
+    It takes the place of the connection it is made from: of the two, only one is to be closed.
+
     Attributes
     ----------
     record : WorkerRecord

@@ -117,8 +117,8 @@ class _Mesh:
                 missing = ", ".join(str(m) for m in self._others() if m.rank not in self._links)
                 raise RendezvousError(f"worker {self._record} got no link in time to: {missing}")
             for key, _ in self._selector.select(min(left_s, _LONGEST_WAIT_S)):
-                # An earlier event of this batch may have closed it.
-                if key.fd in self._selector.get_map():
+                # An earlier event of this batch may have closed it, and its number may be that of another by now.
+                if self._selector.get_map().get(key.fd) is key:
                     key.data()
         return self._links
 

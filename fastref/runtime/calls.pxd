@@ -31,6 +31,8 @@ cdef class Caller(Post):
     cdef dict pending                   # call -> Pending
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting
+    cdef public int64_t next_expiry_ns  # no pending call ends before
+    cdef readonly object released       # (owner, index, generation): nothing is held any more; only by messages
     cdef public uint64_t fetched_directly, fetched_by_message
     cdef readonly object future_class
 

@@ -10,18 +10,20 @@ from libc.string cimport memcpy, memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_BLOCK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_FAILED,
                             FR_VALUE_PENDING, FR_VALUE_READY, fr_add32, fr_descriptor, fr_fence, fr_fork, fr_futex_wait,
-                            fr_futex_wake, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns,
+                            fr_futex_wake, fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns,
                             fr_store32_release, failpoints, fr_failpoints_here)
 from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, WAIT_PEER_DIED, WAIT_STOPPED,
                                      WAIT_TIMED_OUT, fr_slot, fr_waiting)
 from fastref.codec.payload cimport Encoder
-from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_PENDING, OwnedValue, RRef, make_rref)
+from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef,
+                           make_rref)
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport Post, fr_thread, this_thread
 from fastref.wire.frame cimport (CREDIT_REQUEST, FLAG_BLOCK, FLAG_ERROR, FLAG_EXPLICIT, FLAG_LOCAL, FLAG_METHOD,
                                  FLAG_PICKLED, INTERN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL,
                                  fr_block, fr_frame)
 
+from collections import deque
 from types import BuiltinFunctionType, FunctionType
 from sys import modules as _modules
 
@@ -53,6 +55,7 @@ cdef extern from *:
 fr_failpoints_here = failpoints()
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1
+cdef int64_t NEVER = 0x7FFFFFFFFFFFFFFF
 
 
 cdef class Pending:
@@ -108,6 +111,8 @@ cdef class Caller(Post):
         super().__init__(*args, **kwargs)
         self.pending, self.arrived = {}, {}
         self.future_class = Future
+        self.released = deque()
+        self.next_expiry_ns = NEVER
 
     cdef void blocked(self, bint yes) noexcept nogil:
         """This thread is about to wait, or has waited: a serving thread counts as idle meanwhile."""
@@ -164,7 +169,7 @@ cdef class Caller(Post):
         found = home
         for part in parts:
             found = getattr(found, part, None)
-        if found is not func or not isinstance(func.__hash__(), int):
+        if found is not func:
             return 0
         (<Peer>peer).numbers_given += 1
         number = (<Peer>peer).numbers_given
@@ -178,6 +183,36 @@ cdef class Caller(Post):
         return number
 
     # ---- synchronous
+
+    def rpc(self, how: int, to, func, args, kwargs, timeout: float):
+        """Call ``func`` on the worker ``to``: HOW_SYNC, HOW_ASYNC or HOW_REMOTE."""
+        cdef Peer peer
+        cdef tuple row
+        self.check()
+        if self.closed:
+            raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
+        peer = self.peer_of(to)
+        row = () if args is None else tuple(args)
+        if how == HOW_REMOTE:
+            return self.call_remote(peer, func, None, None, row, kwargs, timeout)
+        if not callable(func):
+            raise TypeError("function should be callable.")
+        if how == HOW_SYNC:
+            return self.call(peer, func, None, None, row, kwargs, timeout)
+        return self.call_async(peer, func, None, None, row, kwargs, timeout)
+
+    def check_process(self) -> None:
+        """Raise in a child that ``os.fork`` made."""
+        self.check()
+
+    def find(self, to):
+        """Return the ``WorkerInfo`` of a worker by name or rank."""
+        return self.peer_of(to).info
+
+    def close(self) -> None:
+        """Refuse further use; wake every thread that waits."""
+        self.closed = True
+        self.slots.stop()
 
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
         """Run a function, or a method of ``target``, on the peer and return its result."""
@@ -293,7 +328,41 @@ cdef class Caller(Post):
         pending.caller, pending.peer, pending.call, pending.deadline_ns = self, peer, head.call, head.deadline_ns
         pending.timeout_s, pending.future, pending.what = timeout_s, future, what
         self.pending[head.call] = pending
+        if pending.deadline_ns and pending.deadline_ns < self.next_expiry_ns:
+            self.next_expiry_ns = pending.deadline_ns
         return pending
+
+    def expire(self) -> None:
+        """Fail the pending calls whose time is over."""
+        cdef Pending pending
+        cdef int64_t now = fr_now_ns(), following = NEVER
+        if now < self.next_expiry_ns:
+            return
+        for item in list(self.pending.values()):
+            pending = <Pending>item
+            if not pending.deadline_ns:
+                continue
+            if pending.deadline_ns > now:
+                following = min(following, pending.deadline_ns)
+            elif self.pending.pop(pending.call, None) is not None:
+                try:
+                    self.raise_timeout(pending.peer, _name_of(pending.what), pending.timeout_s)
+                except CallTimeout as error:
+                    pending.settle(None, error)
+        self.next_expiry_ns = following
+
+    def fail_pending(self, rank: int) -> None:
+        """Fail the pending calls to a worker that died."""
+        cdef Pending pending
+        for item in list(self.pending.values()):
+            pending = <Pending>item
+            if pending.peer.rank == rank and self.pending.pop(pending.call, None) is not None:
+                pending.settle(None, pending.peer.died_error())
+
+    @property
+    def calls_pending(self) -> int:
+        """Asynchronous calls without an answer."""
+        return len(self.pending)
 
     cdef object call_async(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
         """As ``call``, but return a Future at once."""
@@ -341,6 +410,7 @@ cdef class Caller(Post):
             rref = self.own_pending(&fork)
         else:
             fork.index, fork.generation = self.credit(peer, deadline_ns)
+            fr_holder_adopt(&peer.holder.h, fork.index, fork.generation)
             rref = make_rref(self, peer.holder, &fork, None, None)
         body = self.encoder()
         body.references.append(rref)
@@ -364,7 +434,55 @@ cdef class Caller(Post):
         return 0
 
     cdef RRef own_pending(self, fr_fork* fork):
-        raise NotImplementedError
+        """A reference to a value of our own that is not there yet."""
+        cdef OwnedValue owned = OwnedValue.__new__(OwnedValue)
+        fork.index, fork.generation = self.open_entry()
+        self.own(fork.index, owned)
+        return make_rref(self, self.table.holder, fork, owned, None)
+
+    def new_local(self, rref, value, type_hint):
+        """Fill a fresh handle with a value that lives here; it gets an entry when it is first handed on."""
+        cdef RRef handle = <RRef>rref
+        cdef uint64_t number = self.ids.next()
+        if type_hint is not None and not hasattr(value, "_c"):
+            raise UsageError("Should not provide type_hint for a value that is not a ScriptModule")
+        handle.wiring = self
+        handle.owned = OwnedValue.__new__(OwnedValue)
+        handle.owned.value = value
+        handle.owned.settled = VALUE_READY
+        memset(&handle.fork, 0, sizeof(fr_fork))
+        handle.fork.owner = handle.fork.parent = handle.fork.rref_created_on = handle.fork.fork_created_on = self.rank
+        handle.fork.rref_local = handle.fork.fork_local = number & NUMBER_MASK
+
+    cdef object local(self, RRef rref, double timeout_s):
+        """Wait for a value of our own and return it."""
+        cdef OwnedValue owned = rref.owned
+        cdef int64_t deadline_ns, slice_ns = self.slice_ns, left
+        if owned.settled == VALUE_PENDING:
+            deadline_ns = self.deadline(timeout_s)
+            self.blocked(True)
+            try:
+                while fr_load32_acquire(&owned.settled) == VALUE_PENDING:
+                    left = slice_ns
+                    if deadline_ns:
+                        left = deadline_ns - fr_now_ns()
+                        if left <= 0:
+                            self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s)
+                        if slice_ns >= 0:
+                            left = min(left, slice_ns)
+                    with nogil:
+                        fr_futex_wait(&owned.settled, VALUE_PENDING, left)
+                    PyErr_CheckSignals()
+                    if self.closed:
+                        raise NotInitialized("the runtime was shut down before the value came")
+            finally:
+                self.blocked(False)
+        if owned.settled == VALUE_FAILED:
+            raise decode_failure(owned.error)
+        return owned.value
+
+    cdef void let_go(self, RRef rref) noexcept:
+        self.released.append((rref.fork.owner, rref.fork.index, rref.fork.generation))
 
     cdef tuple credit(self, Peer peer, int64_t deadline_ns):
         """An entry that the peer opened for us; asks for more and waits when there is none."""

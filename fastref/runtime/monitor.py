@@ -275,7 +275,9 @@ class Monitor:
                 visitor.close()
             self._visitors.clear()
             self._epoll.close()
-            os.close(self._wake_fd)
+            wake_fd, self._wake_fd = self._wake_fd, -1
+            if wake_fd >= 0:
+                os.close(wake_fd)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -101,6 +101,10 @@ cdef class Peer:
                     arena.give_back(offset)
         return 0
 
+    def free(self, arena: Arena) -> None:
+        """Let go of pins and blocks that the peer is done with."""
+        self.release(arena)
+
     def snapshot(self) -> dict:
         """Plain figures."""
         return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, pins=len(self.pins), children=len(self.children),

@@ -20,6 +20,8 @@ cdef extern from *:
     struct fr_thread {
         int running;            /* inside a user function that a peer called */
         int away;               /* it passed the drain token on for that */
+        int leading;            /* it holds the drain token */
+        int draining;           /* it is looking at a record of the inbox */
         int64_t deadline_ns;    /* of the call it serves; nested calls inherit it. 0: none */
     };
     #endif
@@ -27,6 +29,8 @@ cdef extern from *:
     struct fr_thread:
         int running
         int away
+        int leading
+        int draining
         int64_t deadline_ns
 
 cdef fr_thread* this_thread() noexcept nogil

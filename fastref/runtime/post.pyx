@@ -11,7 +11,7 @@ from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport FLAG_BLOCK, FLAG_PICKLED, fr_block, fr_frame
+from fastref.wire.frame cimport FLAG_BLOCK, FLAG_PICKLED, PYTHON_RET, RREF_FETCH_CALL, fr_block, fr_frame
 
 from fastref.codec.pickling import dumps, loads
 from fastref.errors import CallTimeout, PeerError, ProtocolError, ResourceError, UsageError
@@ -169,6 +169,8 @@ cdef class Post(Wiring):
             if lent >= 0:
                 self.arena.give_back(lent)
             raise
+        if head.kind <= RREF_FETCH_CALL and head.kind != PYTHON_RET:
+            self.calls_sent += 1
         if lent >= 0:
             peer.loans.append((position, lent))
         if pinned is not None:
@@ -277,11 +279,17 @@ cdef class Post(Wiring):
         entry = self.open_entry()
         rref.fork.index, rref.fork.generation = entry
         rref.fork.has_entry = 1
-        self.owned[rref.fork.index] = rref.owned
+        self.own(rref.fork.index, rref.owned)
         rref.holder = self.table.holder
         if rref.owned.settled == VALUE_READY:
             self.publish(rref)
         return 0
+
+    def own(self, index: int, owned) -> None:
+        """Keep a value under an entry."""
+        while len(self.owned) <= index:
+            self.owned.append(None)
+        self.owned[index] = owned
 
     def open_entry(self) -> tuple:
         raise NotImplementedError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import stat
 
 from fastref.errors import ProtocolError, ResourceError, UsageError
 from fastref.segments.budget import check_available
+from fastref.segments.mapping import Mapping
 
 __all__ = ["allocate", "create_memfd", "map_fd", "seal"]
 
@@ -98,10 +98,10 @@ def seal(fd: int, *, future_write: bool = False, shrink: bool = True, grow: bool
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
-def map_fd(fd: int, size_bytes: int, *, writable: bool) -> mmap.mmap:
+def map_fd(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
     """Map the first ``size_bytes`` bytes of ``fd``, shared.
 
-    The mapping outlives the descriptor, of which it keeps a duplicate as long as it lives.
+    The mapping outlives the descriptor.
 
     Raises
     ------
@@ -119,9 +119,8 @@ def map_fd(fd: int, size_bytes: int, *, writable: bool) -> mmap.mmap:
         raise ProtocolError("a descriptor that was passed as shared memory is none")
     if status.st_size < size_bytes:
         raise ProtocolError(f"a segment was announced with {size_bytes} bytes and has {status.st_size}")
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
-        return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, protection)
+        return Mapping(fd, size_bytes, writable)
     except OSError as error:
         if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             raise ResourceError(f"cannot map {size_bytes} bytes of shared memory: {error.strerror}") from error

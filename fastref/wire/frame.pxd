@@ -19,8 +19,8 @@ cdef enum:
     INTERN = 11
     DRAIN_ASK = 12
     DRAIN_DONE = 13
-    SHUTDOWN_READY = 14
-    SHUTDOWN_GO = 15
+    IDLE_REPORT = 14
+    GREETING = 15
 
     FLAG_PICKLED = 1     # the payload is a pickle with its buffers, not the fast encoding
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block

@@ -21,7 +21,5 @@ class Kind(IntEnum):
     INTERN = 11  # from here on this number stands for this callable
     DRAIN_ASK = 12  # a worker is dead: acquire all that it published, then say so
     DRAIN_DONE = 13
-    SHUTDOWN_READY = 14  # this worker has called shutdown
-    SHUTDOWN_GO = 15  # all that live have
-"""The kinds that carry a call or its answer; everything else is bookkeeping between runtimes."""
-CALL_KINDS = frozenset({Kind.PYTHON_CALL, Kind.PYTHON_REMOTE_CALL, Kind.RREF_FETCH_CALL, Kind.PYTHON_RET})
+    IDLE_REPORT = 14  # this worker wants to shut down and is idle
+    GREETING = 15  # the first frame on a link: which file is __main__ here

@@ -2,17 +2,21 @@
 
 What one call of the shipped code does at once is one step here: a release
 with its flag, a late visit with its look and its undo, a sweep, a removal.
-Everything between such calls may interleave as in the model. Rings and
-processes are the model's; words, counts, pins, generations and phases are
-the shipped code's, and compared with the model's after every step.
+Everything between such calls may interleave as in the model. Or the users
+take one instruction at a time, written into the shared words directly, so
+that the shipped table meets what lies between. Rings and processes are the
+model's; words, counts, pins, generations and phases are the shipped code's,
+and compared with the model's after every step.
 """
 
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Iterable
 
 from fastref._core import Holder, PinQueue, ReferenceTable, table_sizes
+
 from fastref.errors import ReferenceLost
 from tests.model.rules import ReferenceModel
 from tests.model.scenarios import Scenario
@@ -22,6 +26,8 @@ __all__ = ["Replay"]
 
 Action = tuple
 CAPACITY = 64
+HOLD_OFFSET = 64
+"""The hint, the words and the dirty bits follow each other; the hint has a cache line to itself."""
 PHASES = ("free", "used", "closing", "retired")
 
 WITHIN_ONE_CALL = frozenset(("flag", "check", "undo", "close", "bump"))
@@ -53,9 +59,11 @@ class Replay:
     Parameters
     ----------
     scenario : who takes part
+    by_instruction : users take one instruction at a time and are no shipped code
     """
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, *, by_instruction: bool = False) -> None:
+        self._by_instruction = by_instruction
         self.model = ReferenceModel(scenario)
         self.state = self.model.initial()
         hold, descriptors = (bytearray(size) for size in table_sizes(CAPACITY))
@@ -101,7 +109,7 @@ class Replay:
         """Take the steps of a schedule that the rules allow; return how many they refused."""
         refused = 0
         for action in schedule:
-            if action[2] in WITHIN_ONE_CALL:
+            if self._is_within_a_call(action[0], action[2]):
                 continue
             if action in self.enabled():
                 self.step(action)
@@ -109,16 +117,19 @@ class Replay:
                 refused += 1
         return refused
 
+    def _is_within_a_call(self, p: int, verb: str) -> bool:
+        return verb in WITHIN_ONE_CALL and not (self._by_instruction and p != OWNER)
+
     def step(self, action: Action) -> None:
         """Let one thing happen in the model and with the shipped objects, and compare."""
-        p, t, verb, *rest = action
+        p, _, verb, *rest = action
         if verb in ("grant", "fill"):
             action = self._open(action)
-            if action is None:
-                return
         before = World(self.state)
         self._advance(action)
-        if verb == "take flag":
+        if self._by_instruction and p != OWNER:
+            self._write(before, World(self.state))
+        elif verb == "take flag":
             self._sweep(before)
         elif verb == "strip":
             self._remove(rest[0])
@@ -134,7 +145,7 @@ class Replay:
         """Apply an action to the model, and what the shipped code does in the same call."""
         p, t = action[:2]
         self.state = self.model.apply(self.state, action)
-        while (step := World(self.state).step[p * THREADS + t])[:1] and step[0] in WITHIN_ONE_CALL:
+        while (step := World(self.state).step[p * THREADS + t]) and self._is_within_a_call(p, step[0]):
             self.state = self.model.apply(self.state, (p, t, *step))
 
     def _compare(self, action: Action) -> None:
@@ -145,12 +156,25 @@ class Replay:
             assert w.generation[e] == self.table.holder.generation(e), action
             assert _shipped_word(w.word[e]) == self.table.word(e), action
             for p in self.model.everybody:
-                if w.life[p] == LIVE:
+                if w.life[p] == LIVE and (p == OWNER or not self._by_instruction):
                     assert w.count(p, e) == self._holders[p].count(e), action
+
+    def _write(self, before: World, after: World) -> None:
+        """Do to the shared words what one instruction of a user does."""
+        for e in range(self.model.entries):
+            place = HOLD_OFFSET + 8 * e
+            (word,) = struct.unpack_from("=Q", self._hold, place)
+            old, new = _shipped_word(before.word[e]), _shipped_word(after.word[e])
+            struct.pack_into("=Q", self._hold, place, word & ~(old & ~new) | new & ~old)
+            if after.dirty[e] and not before.dirty[e]:
+                place = HOLD_OFFSET + 8 * CAPACITY + 8 * (e // 64)
+                (bits,) = struct.unpack_from("=Q", self._hold, place)
+                struct.pack_into("=Q", self._hold, place, bits | 1 << e % 64)
+                struct.pack_into("=Q", self._hold, 0, 1)  # the hint
 
     # The owner.
 
-    def _open(self, action: Action) -> Action | None:
+    def _open(self, action: Action) -> Action:
         """Let the table open an entry, and return the model's action for the one it chose."""
         p, t, verb, _, *peer = action
         if verb == "fill":

@@ -188,12 +188,14 @@ def _answered(m: ReferenceModel, w: World, p: int, t: int, dead: int) -> None:
 
 def _strip(m: ReferenceModel, w: World, p: int, t: int, dead: int, e: int) -> None:
     before, bits = w.word[e], 1 << dead
+    may_have_cleared = m.on("sweep_all_zeros")  # and died before it flagged the entry
     if dead in m.scenario.abroad:
+        may_have_cleared = False
         kept = tuple([fork for fork in w.forks[e] if fork[1] != dead or not m.on("forks_follow_holder")])
         bits = ABROAD if w.forks[e] and not kept else 0
         w.forks[e] = kept
     w.word[e] &= ~bits
-    if w.word[e] == 0 and w.phase[e] == USED and (before or m.on("sweep_all_zeros")):
+    if w.word[e] == 0 and w.phase[e] == USED and (before or may_have_cleared):
         w.dirty[e] = True
     w.removal[dead] = e + 1 if e + 1 < m.entries else "done"
 

@@ -1,0 +1,17 @@
+"""``torch.distributed.rpc``'s names: ``import fastref.rpc as rpc`` is the migration."""
+
+from fastref.api import RRef, get_worker_info, init_rpc, is_available, remote, rpc_async, rpc_sync, shutdown
+from fastref.options import RpcBackendOptions, WorkerInfo
+
+__all__ = [
+    "RRef",
+    "RpcBackendOptions",
+    "WorkerInfo",
+    "get_worker_info",
+    "init_rpc",
+    "is_available",
+    "remote",
+    "rpc_async",
+    "rpc_sync",
+    "shutdown",
+]

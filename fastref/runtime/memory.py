@@ -1,0 +1,169 @@
+"""The shared memory of one worker: what it makes, what it hands to a peer, what it takes from one."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from fastref._core import table_sizes
+from fastref.channels.channel import BELL_BYTES
+from fastref.channels.shm import RING_SIZE, ring_bytes
+from fastref.channels.slots import slot_bytes
+from fastref.errors import ProtocolError
+from fastref.options import RpcBackendOptions
+from fastref.rendezvous import Link
+from fastref.segments import (
+    InstanceLock,
+    allocate,
+    create_control,
+    create_memfd,
+    map_fd,
+    seal,
+)
+from fastref.segments.budget import available_bytes
+from fastref.segments.mapping import Mapping
+
+__all__ = ["LAYOUT", "SLOTS", "OwnMemory", "PeerMemory"]
+
+LAYOUT = 1  # of everything below and in the C headers; peers of another layout are refused
+
+# The control segment: a header that peers check, the bell, the response slots.
+MAGIC = b"fastref\0"
+HEADER = struct.Struct("=8sIIII")  # magic, layout, response slots, table capacity, table bits
+BELL_OFFSET = 4096
+SLOTS_OFFSET = 8192
+SLOTS = 64
+CONTROL_BYTES = SLOTS_OFFSET + slot_bytes(SLOTS)
+TABLE_STEP = 4096  # entries whose memory is made sure of at once
+
+assert BELL_OFFSET + BELL_BYTES <= SLOTS_OFFSET
+
+
+class OwnMemory:
+    """Control segment, table and arena of this worker, and the rings that its peers write.
+
+    Parameters
+    ----------
+    lock : InstanceLock
+        Whose name the control segment bears while it has one.
+    options : RpcBackendOptions
+    """
+
+    def __init__(self, lock: InstanceLock, options: RpcBackendOptions) -> None:
+        self._fds: dict[str, tuple[int, int]] = {}
+        self.capacity = options.table_capacity
+        self.usable = 0
+        limit = options.arena_limit
+        if limit is None:
+            limit = max(available_bytes() // 2, 1 << 20)
+        self.arena_bytes = max(limit // 4096, 1) * 4096
+        try:
+            control = create_control(CONTROL_BYTES, lock.identity)
+            self._fds["control"] = (control.fd, CONTROL_BYTES)
+            self.control = map_fd(control.fd, CONTROL_BYTES, writable=True)
+            header = HEADER.pack(MAGIC, LAYOUT, SLOTS, self.capacity, options.table_bits)
+            memoryview(self.control)[: len(header)] = header
+            hold_bytes, descriptor_bytes = table_sizes(self.capacity)
+            self.hold = self._create("hold", hold_bytes)
+            self.descriptors = self._create("descriptors", descriptor_bytes)
+            self.arena = self._create("arena", self.arena_bytes)
+            # Peers can never map these writable; this process's own mappings are older than the seal.
+            for label in ("descriptors", "arena"):
+                seal(self._fds[label][0], future_write=True)
+            self.extend_table()
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(self, label: str, size_bytes: int) -> Mapping:
+        fd = create_memfd(label, size_bytes)
+        self._fds[label] = (fd, size_bytes)
+        return map_fd(fd, size_bytes, writable=True)
+
+    @property
+    def bell(self) -> memoryview:
+        return memoryview(self.control)[BELL_OFFSET : BELL_OFFSET + BELL_BYTES]
+
+    @property
+    def slots(self) -> memoryview:
+        return memoryview(self.control)[SLOTS_OFFSET:CONTROL_BYTES]
+
+    def extend_table(self) -> int:
+        """Make sure of the memory of more entries; returns how many are usable now.
+
+        Raises
+        ------
+        ResourceError
+            When the table is full or the system has no memory.
+        """
+        wanted = min(self.usable + TABLE_STEP, self.capacity)
+        # The hint and the dirty bits of all entries are small; the rest grows with the table.
+        hold_bytes, descriptor_bytes = table_sizes(self.capacity)
+        hold_fd, descriptor_fd = self._fds["hold"][0], self._fds["descriptors"][0]
+        if not self.usable:
+            words = hold_bytes - self.capacity // 8
+            allocate(hold_fd, words, self.capacity // 8)
+        entry = descriptor_bytes // self.capacity
+        allocate(hold_fd, self.usable * 8, (wanted - self.usable) * 8 + 64)
+        allocate(descriptor_fd, self.usable * entry, (wanted - self.usable) * entry)
+        self.usable = wanted
+        return wanted
+
+    def commit_arena(self, offset: int, size_bytes: int) -> None:
+        """Make sure of the memory of a range of the arena."""
+        allocate(self._fds["arena"][0], offset, size_bytes)
+
+    def create_ring(self) -> tuple[int, Mapping]:
+        """Make a ring for a peer to write: its descriptor, which the caller closes, and the mapping."""
+        size_bytes = ring_bytes(RING_SIZE)
+        fd = create_memfd("ring", size_bytes)
+        try:
+            allocate(fd, 0, size_bytes)
+            return fd, map_fd(fd, size_bytes, writable=True)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def for_peer(self, ring_fd: int) -> dict[str, tuple[int, int]]:
+        """What a peer is handed: label -> (descriptor, size in bytes). The descriptors stay ours."""
+        return {**self._fds, "ring": (ring_fd, ring_bytes(RING_SIZE))}
+
+    def close(self) -> None:
+        """Close the descriptors; what is mapped stays until its last user is gone. Idempotent."""
+        while self._fds:
+            os.close(self._fds.popitem()[1][0])
+
+
+class PeerMemory:
+    """What a peer handed over, mapped: its bell and slots, its table, its arena, the ring in which we write to it."""
+
+    def __init__(self, link: Link) -> None:
+        self.control = self._map(link, "control", True)
+        header = bytes(memoryview(self.control)[: HEADER.size])  # read once; the peer can write here
+        magic, layout, self.slot_count, self.capacity, self.bits = HEADER.unpack(header)
+        if magic != MAGIC or layout != LAYOUT:
+            raise ProtocolError(f"the control segment of worker {link.record} has layout {layout}, not {LAYOUT}")
+        if not 1 <= self.slot_count <= 64 or SLOTS_OFFSET + slot_bytes(self.slot_count) > len(self.control):
+            raise ProtocolError(f"the control segment of worker {link.record} claims {self.slot_count} response slots")
+        if not 0 <= self.bits <= 61 or self.capacity % 64 or not 64 <= self.capacity <= 1 << 24:
+            raise ProtocolError(f"worker {link.record} claims a table of {self.capacity} entries, {self.bits} bits")
+        self.hold = self._map(link, "hold", True)
+        self.descriptors = self._map(link, "descriptors", False)
+        self.arena = self._map(link, "arena", False)
+        self.ring = self._map(link, "ring", True)
+
+    @staticmethod
+    def _map(link: Link, label: str, writable: bool) -> Mapping:
+        fd, size_bytes = link.take(label)
+        try:
+            return map_fd(fd, size_bytes, writable=writable)
+        finally:
+            os.close(fd)
+
+    @property
+    def bell(self) -> memoryview:
+        return memoryview(self.control)[BELL_OFFSET : BELL_OFFSET + BELL_BYTES]
+
+    @property
+    def slots(self) -> memoryview:
+        return memoryview(self.control)[SLOTS_OFFSET : SLOTS_OFFSET + slot_bytes(self.slot_count)]

@@ -1,0 +1,363 @@
+"""The protocol's commands, performed: the part of a runtime that acts on bookkeeping frames, deaths and the clock."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from fastref import _core
+from fastref.codec.stream import decode, encode
+from fastref.errors import PeerError, ProtocolError, ResourceError
+from fastref.protocol import forks, removal
+from fastref.protocol.rounds import Report, Rounds
+from fastref.runtime.peer import Peer
+from fastref.runtime.serve import Server
+from fastref.wire.kinds import Kind
+
+__all__ = ["RuleKeeper"]
+
+logger = logging.getLogger("fastref")
+
+FIRST_WINDOW = 32  # entries opened ahead for a peer; doubles each time the peer runs out
+LARGEST_WINDOW = 1024  # more than requests that fit in a ring, so credits are never what limits a burst
+
+
+class RuleKeeper(Server):
+    """A runtime's bookkeeping. Rules decide under one lock; commands are performed after it is released."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        live = {self.rank}
+        self._rules = threading.Lock()
+        self._removal = removal.Removal(self.rank, live)
+        self._owner_forks = forks.OwnerForks()
+        self._user_forks = forks.UserForks()
+        self._rounds = Rounds(self.rank, live)
+        self._round_heard = threading.Condition()
+        self._greeted = threading.Condition()
+        self._acts = {
+            Kind.INTERN: self._intern,
+            Kind.GRANT: self._granted,
+            Kind.CREDIT_REQUEST: self._credits_wanted,
+            Kind.RREF_FORK_REQUEST: self._fork_requested,
+            Kind.RREF_FORK_ACCEPT: self._fork_accepted,
+            Kind.RREF_CHILD_ACCEPT: self._child_accepted,
+            Kind.RREF_USER_DELETE: self._user_deleted,
+            Kind.DRAIN_ASK: self._drain_asked,
+            Kind.DRAIN_DONE: self._drain_done,
+            Kind.IDLE_REPORT: self._idle_reported,
+            Kind.GREETING: self._greeting,
+        }
+
+    def meet(self, peer: Peer) -> None:
+        """Count a worker among those that live."""
+        self.add_peer(peer)
+        if peer.rank != self.rank:
+            with self._rules:
+                self._removal.live.add(peer.rank)
+                self._rounds.live.add(peer.rank)
+
+    # ---- frames
+
+    def handle_control(self, peer: Peer, kind: int, call: int, payload: bytes, references: list | None) -> None:
+        """Act on one bookkeeping frame."""
+        if kind == GRANT_MORE:
+            self._grant(peer)
+            return
+        value = decode(payload) if payload else None
+        try:
+            self._acts[Kind(kind)](peer, call, value)
+        except PeerError as error:
+            logger.debug("nobody is left for the answer to a %s: %s", Kind(kind).name, error)
+        except (TypeError, ValueError, KeyError, ProtocolError) as error:
+            logger.exception("a %s from %s that says %r", Kind(kind).name, peer.name, value)
+            self.peer_broke(peer.rank, f"a {Kind(kind).name} that says {value!r}: {error}")
+
+    def tell(self, peer: Peer, kind: Kind, value: Any, call: int = 0) -> None:
+        """Send one bookkeeping frame; a peer that has died meanwhile need not hear it."""
+        payload = encode(value)
+        if payload is None:
+            raise ProtocolError(f"a {kind.name} cannot say {value!r}")
+        try:
+            self.send_control(peer, kind, call, payload)
+        except PeerError as error:
+            logger.debug("%s not told: %s", peer.name, error)
+
+    def _intern(self, peer: Peer, call: int, value: Any) -> None:
+        module, qualname = value
+        peer.callables[call] = (str(module), str(qualname))
+
+    def _greeting(self, peer: Peer, call: int, value: Any) -> None:
+        peer.shares_main = bool(value) and value == self.main_digest
+        with self._greeted:
+            peer.greeted = True
+            self._greeted.notify_all()
+
+    # ---- entries and credits
+
+    def open_entry(self) -> tuple[int, int]:
+        """Open an entry that this process itself holds."""
+        while True:
+            entry = self.table.open()
+            if entry is not None:
+                return entry
+            self.sweep()
+            entry = self.table.open()
+            if entry is not None:
+                return entry
+            self.more_entries()
+
+    def more_entries(self) -> None:
+        raise NotImplementedError
+
+    def _granted(self, peer: Peer, call: int, value: Any) -> None:
+        credits = []
+        for index, generation, fork in value:
+            if fork:
+                with self._rules:
+                    self._user_forks.granted(peer.rank, (index, generation), fork)
+            credits.append((index, generation))
+        peer.add_credits(credits)
+
+    def _credits_wanted(self, peer: Peer, call: int, value: Any) -> None:
+        peer.credit_window = min(peer.credit_window * 2, LARGEST_WINDOW)
+        self._grant(peer)
+
+    def _grant(self, peer: Peer) -> None:
+        has_bit = peer.rank < self.bits
+        granted = []
+        with peer.lock:  # a worker is marked dead under it too: no entry is opened for one whose removal has begun
+            if peer.is_dead:
+                return
+            wanted = peer.credit_window - peer.credits_open
+            opened = self.table.open_credits(peer.rank if has_bit else None, wanted)
+            if not opened and wanted > 0:
+                try:
+                    self.more_entries()
+                    opened = self.table.open_credits(peer.rank if has_bit else None, wanted)
+                except ResourceError as error:
+                    logger.warning("no entries for the remote() calls of %s: %s", peer.name, error)
+            for index, generation in opened:
+                self.credit_of[index] = peer.rank
+                fork = 0
+                if not has_bit:
+                    fork = self.ids.next()
+                    with self._rules:
+                        self._owner_forks.made((index, generation), fork, peer.rank)
+                granted.append((index, generation, fork))
+            peer.credits_open += len(opened)
+        for start in range(0, max(len(granted), 1), 64):
+            self.tell(peer, Kind.GRANT, granted[start : start + 64])
+
+    def sweep(self) -> None:
+        """Close what nobody holds. Values are let go of on a serving thread, for destructors may do anything."""
+        dropped = []
+        for index in self.table.sweep():
+            if index < len(self.owned) and self.owned[index] is not None:
+                dropped.append(self.owned[index])
+                self.owned[index] = None
+            offset = self.blocks.pop(index, None)
+            if offset is not None:
+                self.arena.give_back(offset)
+            rank = self.credit_of.pop(index, None)
+            if rank is not None:
+                self.peers[rank].credits_open -= 1
+            self.table.free(index)
+        if dropped:
+            self.do_later(dropped.clear)
+
+    # ---- holders that go by messages
+
+    def fork_abroad(self, peer: Peer, fork: int, owner: int, index: int, generation: int, holder: _core.Holder) -> tuple:
+        """A reference goes to a peer that has no bit in its owner's table."""
+        if owner == self.rank:
+            with peer.lock:
+                if peer.is_dead:
+                    holder.release(index)
+                    raise peer.died_error()
+                with self._rules:
+                    commands = self._owner_forks.made((index, generation), fork, peer.rank)
+                self._mark_and_clear(commands)
+            holder.release(index)
+            return ("made", (index, generation), fork)
+        with peer.lock:
+            if peer.is_dead:
+                holder.release(index)
+                raise peer.died_error()
+            peer.children[fork] = (holder, index)
+        return ("child", peer, fork)
+
+    def unfork_abroad(self, child: tuple) -> None:
+        """The frame could not be sent."""
+        if child[0] == "made":
+            with self._rules:
+                commands = self._owner_forks.deleted(child[1], (child[2],))
+            self._mark_and_clear(commands)
+        else:
+            self._child_accepted(child[1], child[2], None)
+
+    def received_abroad(self, peer: Peer, owner: int, index: int, generation: int, fork: int, parent: int) -> None:
+        with self._rules:
+            commands = self._user_forks.received(owner, (index, generation), fork, parent)
+        for command in commands:  # not now: a record of the inbox is being looked at
+            self.do_later(lambda command=command: self._perform_user(command))
+
+    def _fork_requested(self, peer: Peer, call: int, value: Any) -> None:
+        index, generation, fork = value
+        with peer.lock:
+            if peer.is_dead:
+                return
+            alive = self.table.holder.generation(index) == generation and self.table.phase_of(index) == "used"
+            with self._rules:
+                commands = self._owner_forks.requested((index, generation), fork, peer.rank, alive)
+            self._mark_and_clear(commands)
+        for command in commands:
+            if isinstance(command, forks.Accept):
+                self.tell(peer, Kind.RREF_FORK_ACCEPT, [fork, command.ok])
+
+    def _fork_accepted(self, peer: Peer, call: int, value: Any) -> None:
+        fork, ok = value
+        with self._rules:
+            commands = self._user_forks.accepted(fork, ok)
+        for command in commands:
+            self._perform_user(command)
+
+    def _child_accepted(self, peer: Peer, call: int, value: Any) -> None:
+        child = peer.children.pop(call, None)
+        if child is not None:
+            holder, index = child
+            holder.release(index)
+
+    def _user_deleted(self, peer: Peer, call: int, value: Any) -> None:
+        index, generation, gone = value
+        with self._rules:
+            commands = self._owner_forks.deleted((index, generation), tuple(gone))
+        self._mark_and_clear(commands)
+
+    def _mark_and_clear(self, commands: list) -> None:
+        for command in commands:
+            if isinstance(command, forks.Mark):
+                self.table.mark_abroad(command.index)
+            elif isinstance(command, forks.Clear):
+                self.table.clear_abroad(command.index)
+
+    def _perform_user(self, command: Any) -> None:
+        if isinstance(command, forks.Request):
+            self.tell(self.peers[command.owner], Kind.RREF_FORK_REQUEST, [*command.entry, command.fork])
+        elif isinstance(command, forks.ChildAccept):
+            self.tell(self.peers[command.parent], Kind.RREF_CHILD_ACCEPT, None, call=command.fork)
+        elif isinstance(command, forks.Delete):
+            self.tell(self.peers[command.owner], Kind.RREF_USER_DELETE, [*command.entry, list(command.forks)])
+        elif isinstance(command, forks.Lose):
+            logger.warning("a reference to %s ended before it could be taken", self.peers[command.owner].name)
+
+    def _let_go_of_released(self) -> None:
+        while self.released:
+            owner, index, generation = self.released.popleft()
+            if self.peers[owner].holder.count(index):
+                continue  # it came back meanwhile
+            with self._rules:
+                commands = self._user_forks.let_go(owner, (index, generation))
+            for command in commands:
+                self._perform_user(command)
+
+    # ---- deaths
+
+    def on_death(self, rank: int, reason: str) -> None:
+        """A worker is gone. Called once for each."""
+        peer = self.peers[rank]
+        with peer.lock:
+            peer.mark_dead(reason)
+            peer.lock.notify_all()
+            children, peer.children = peer.children, {}
+        log = logger.debug if peer.left else logger.warning
+        log("worker %s (rank %d, pid %d) is gone: %s", peer.name, rank, peer.pid, reason)
+        self.slots.wake_waiting()
+        for holder, index in children.values():
+            holder.release(index)
+        peer.free(self.arena)
+        self.do_later(lambda: self.fail_pending(rank))
+        with self._rules:
+            commands = self._removal.handle(removal.Died(rank))
+            user_commands = self._user_forks.owner_lost(rank)
+        self.inbox.ring_for_dead(rank)
+        with self._round_heard:
+            self._rounds.died(rank)
+            self._round_heard.notify_all()
+        with self._greeted:
+            self._greeted.notify_all()
+        self._perform_removal(commands)
+        for command in user_commands:
+            self._perform_user(command)
+
+    def peer_broke(self, rank: int, what: str) -> None:
+        """A peer sent nonsense: it is not listened to any more."""
+        if rank < len(self.peers) and self.peers[rank] is not None and not self.peers[rank].is_dead:
+            logger.error("worker %s sent %s; the link to it is cut", self.peers[rank].name, what)
+            self.cut(rank, f"it sent {what}")
+
+    def cut(self, rank: int, reason: str) -> None:
+        raise NotImplementedError
+
+    def inbox_drained(self, rank: int) -> None:
+        with self._rules:
+            if self._user_forks.waits_for_child_of(rank):
+                waiting = True
+            else:
+                waiting = False
+                commands = self._removal.handle(removal.Drained(rank))
+        if waiting:
+            self.watched.add(rank)
+            return
+        self._perform_removal(commands)
+
+    def _drain_asked(self, peer: Peer, call: int, value: Any) -> None:
+        with self._rules:
+            commands = self._removal.handle(removal.Ask(call, peer.rank))
+        self._perform_removal(commands)
+
+    def _drain_done(self, peer: Peer, call: int, value: Any) -> None:
+        with self._rules:
+            commands = self._removal.handle(removal.Done(call, peer.rank))
+        self._perform_removal(commands)
+
+    def _perform_removal(self, commands: list) -> None:
+        for command in commands:
+            if isinstance(command, removal.LookAtInbox):
+                self.watch_inbox(command.dead)
+            elif isinstance(command, removal.SendAsk):
+                self.tell(self.peers[command.to], Kind.DRAIN_ASK, None, call=command.dead)
+            elif isinstance(command, removal.SendDone):
+                self.tell(self.peers[command.to], Kind.DRAIN_DONE, None, call=command.dead)
+            elif isinstance(command, removal.Clear):
+                if command.dead < self.bits:
+                    self.table.remove_peer(command.dead)
+                with self._rules:
+                    cleared = self._owner_forks.holder_lost(command.dead)
+                self._mark_and_clear(cleared)
+                self.wake_leader()
+
+    # ---- the clock
+
+    def on_tick(self, now_s: float) -> None:
+        """What has to happen every 100 ms at the latest."""
+        for peer in self.peers:
+            if peer is not None:
+                peer.free(self.arena)
+        if self.released:
+            self._let_go_of_released()
+        self.expire()
+        if self.table.is_flagged() or self.watched:
+            self.wake_leader()
+
+    # ---- the end
+
+    def _idle_reported(self, peer: Peer, call: int, value: Any) -> None:
+        sent, served = value
+        with self._round_heard:
+            self._rounds.heard(peer.rank, Report(call, sent, served))
+            self._round_heard.notify_all()
+
+
+GRANT_MORE = 0xFFFF

@@ -1,0 +1,316 @@
+"""One worker of a job: joins, links up, serves, and leaves."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import weakref
+from typing import Any
+
+from fastref._core import Holder, IdGenerator, ReferenceTable
+from fastref._version import __version__
+from fastref.carriers.arena import Arena, PeerArena
+from fastref.channels.channel import Inbox
+from fastref.channels.inproc import InprocChannel
+from fastref.channels.shm import RING_SIZE, ShmChannel
+from fastref.channels.slots import PeerSlots, ResponseSlots
+from fastref.codec import mainmodule
+from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, WorkerDied
+from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
+from fastref.rendezvous import Link, Listener, Membership, WorkerRecord, job_name, join, link_all
+from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
+from fastref.runtime.monitor import Monitor
+from fastref.runtime.peer import Peer
+from fastref.runtime.rules import RuleKeeper
+from fastref.segments import InstanceLock, host_identity, job_directory, run_root, sweep
+from fastref.wire.kinds import Kind
+
+__all__ = ["Runtime"]
+
+logger = logging.getLogger("fastref")
+
+LOOPBACK_ROOM = 4096  # records that may be under way to ourselves
+
+
+class Runtime(RuleKeeper):
+    """A worker, from joining its job to leaving it.
+
+    Parameters
+    ----------
+    name : str
+        Unique in the job.
+    rank : int
+        -1: from where the init method has it.
+    world_size : int or None
+    options : RpcBackendOptions
+    store : torch.distributed.Store, optional
+        Instead of the one that the init method leads to.
+    count : int
+        Jobs that this process joined before.
+
+    Raises
+    ------
+    RendezvousError, UsageError, ResourceError
+        When the job does not come about; nothing is left behind then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        world_size: int | None,
+        options: RpcBackendOptions,
+        store: Any = None,
+        count: int = 0,
+    ) -> None:
+        check_worker_name(name)
+        self.options = options
+        self.bits = options.table_bits
+        self.main_digest = mainmodule.fingerprint()
+        self._links: dict[int, Link] = {}
+        self._ended = threading.Lock()
+        self._monitor: Monitor | None = None
+        self._membership: Membership | None = None
+        self._listener: Listener | None = None
+        self._memory: OwnMemory | None = None
+        root = run_root()
+        sweep(root)
+        self._lock = InstanceLock(root)
+        try:
+            self._start(name, rank, world_size, store, count)
+        except BaseException:
+            self._release()
+            raise
+        _alive.add(self)
+
+    def _start(self, name: str, rank: int, world_size: int | None, store: Any, count: int) -> None:
+        options = self.options
+        deadline = time.monotonic() + options.rpc_timeout if options.rpc_timeout else math.inf
+        directory = job_directory(run_root(), job_name(options.init_method))
+        self._listener = Listener(directory, self._lock.instance)
+        self._memory = memory = OwnMemory(self._lock, options)
+        record = WorkerRecord(
+            name=name, rank=max(rank, 0), pid=os.getpid(), instance=self._lock.instance,
+            address=str(self._listener.path), world_size=world_size or 1, version=__version__, layout=LAYOUT,
+            bits=options.table_bits, host=host_identity(),
+        )  # fmt: skip
+        self._membership = join(
+            record, self._listener, options.init_method, rank, world_size, options.rpc_timeout, store, count
+        )
+        record = self._membership.record
+        inbox = Inbox(memory.bell)
+        table = ReferenceTable(memory.hold, memory.descriptors, memory.capacity, memory.usable)
+        super().__init__(
+            record.rank, WorkerInfo(name, record.rank), [], inbox, ResponseSlots(memory.slots, SLOTS),
+            Arena(memory.arena, memory.commit_arena), table, IdGenerator(record.rank), options.rpc_timeout,
+            thread_cap=options.num_worker_threads,
+        )  # fmt: skip
+        self._link_up(deadline)
+
+    def _link_up(self, deadline: float) -> None:
+        """Link to every other worker, start serving, and wait until all of them serve."""
+        assert self._membership is not None and self._memory is not None and self._listener is not None
+        memory, members = self._memory, self._membership.members
+        rings: dict[int, int] = {}
+
+        def segments_for(peer: WorkerRecord) -> dict[str, tuple[int, int]]:
+            rings[peer.rank], ring = memory.create_ring()
+            self.inbox.add_ring(peer.rank, ring, RING_SIZE)
+            return memory.for_peer(rings[peer.rank])
+
+        try:
+            self._links = link_all(self._membership.record, members, self._listener, segments_for, deadline)
+        finally:
+            for fd in rings.values():
+                os.close(fd)
+        self.meet(
+            Peer(
+                self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
+                PeerSlots(memory.slots, SLOTS), self.table.holder, PeerArena(memory.arena), self.bits,
+            )  # fmt: skip
+        )
+        self.peers[self.rank].shares_main = True
+        for rank, link in self._links.items():
+            self.meet(self._peer(rank, link))
+        self._monitor = Monitor(
+            self._listener, on_death=self.on_death, on_tick=self.on_tick, on_message=self._on_message, on_link=self._on_link
+        )
+        for rank, link in self._links.items():
+            self._monitor.watch(rank, link)
+        if self.options.switch_interval is not None:
+            sys.setswitchinterval(self.options.switch_interval)
+        self.start_threads()
+        self._monitor.start()
+        for rank in self._links:
+            self.tell(self.peers[rank], Kind.GREETING, self.main_digest)
+        with self._greeted:
+            while not self._greeted.wait_for(self._all_greeted, timeout=0.1):
+                if time.monotonic() > deadline:
+                    missing = [peer.name for peer in self.peers if not peer.greeted and peer.rank != self.rank]
+                    raise RendezvousError(f"workers {missing} have linked to {self.info} but do not serve")
+
+    def _all_greeted(self) -> bool:
+        for peer in self.peers:
+            if peer.rank != self.rank and not peer.greeted and peer.is_dead:
+                raise peer.died_error()
+        return all(peer.greeted or peer.rank == self.rank for peer in self.peers)
+
+    def _peer(self, rank: int, link: Link) -> Peer:
+        record, theirs = link.record, PeerMemory(link)
+        bit = self.rank if self.rank < theirs.bits else None
+        return Peer(
+            rank, WorkerInfo(record.name, rank), record.pid, ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank),
+            PeerSlots(theirs.slots, theirs.slot_count), Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit),
+            PeerArena(theirs.arena), theirs.bits,
+        )  # fmt: skip
+
+    # ---- what the room below asks for
+
+    def more_entries(self) -> None:
+        assert self._memory is not None
+        if self._memory.usable == self._memory.capacity:
+            raise ResourceError(f"all {self._memory.capacity} entries of the reference table are in use")
+        self.table.extend(self._memory.extend_table())
+
+    def cut(self, rank: int, reason: str) -> None:
+        link = self._links.pop(rank, None)
+        if self._monitor is not None and link is not None:
+            self._monitor.forget(rank)
+            link.close()
+            self.on_death(rank, reason)
+
+    def _on_message(self, rank: int, kind: str, body: dict, descriptors: dict) -> None:
+        for fd, _ in descriptors.values():
+            os.close(fd)
+        if kind == "leaving":
+            self.peers[rank].left = True
+
+    def _on_link(self, link: Link) -> None:
+        logger.warning("worker %s wants to link after all had linked; refused", link.record)
+        link.close()
+
+    # ---- the end
+
+    def shutdown(self, graceful: bool = True, timeout_s: float = 0.0) -> None:
+        """Leave the job; idempotent, from any thread.
+
+        Parameters
+        ----------
+        graceful : bool
+            Wait until all workers have called it and no call is under way anywhere. Dead workers are not waited for.
+        timeout_s : float
+            Seconds for all of it; 0: as long as it takes.
+
+        Raises
+        ------
+        CallTimeout
+            When others have not called it in time; this worker has left then all the same.
+        """
+        self.check_process()
+        if not self._ended.acquire(blocking=False):
+            return
+        try:
+            if graceful:
+                self._wait_until_quiet(time.monotonic() + timeout_s if timeout_s else math.inf)
+        finally:
+            self._leave()
+
+    def _wait_until_quiet(self, deadline: float) -> None:
+        while True:
+            self._wait_until_idle(deadline)
+            with self._round_heard:
+                report = self._rounds.report(self.calls_sent, self.calls_served)
+                others = sorted(self._rounds.live - {self.rank})
+            for rank in others:
+                self.tell(self.peers[rank], Kind.IDLE_REPORT, [report.sent, report.served], call=report.number)
+            with self._round_heard:
+                while not self._round_heard.wait_for(self._rounds.is_over, timeout=0.1):
+                    if time.monotonic() > deadline:
+                        missing = [self.peers[rank].name for rank in sorted(self._rounds.missing())]
+                        raise CallTimeout(f"shutdown: workers {missing} have not called it, or are still busy")
+                if self._rounds.is_quiet():
+                    return
+
+    def _wait_until_idle(self, deadline: float) -> None:
+        pause_s = 0.0002
+        while self.calls_pending or self.is_busy():
+            if time.monotonic() > deadline:
+                raise CallTimeout(
+                    f"shutdown: {self.calls_pending} calls of {self.info} have no answer and {self.running} run here"
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.01)
+
+    def _leave(self) -> None:
+        _alive.discard(self)
+        for link in self._links.values():
+            try:
+                link.send_message("leaving", {})
+            except PeerError:
+                pass  # it has left, or died, before us
+        self.close()
+        self.stop_threads()
+        me = threading.current_thread()
+        for thread in self.thread_objects():
+            if thread is not me:
+                thread.join(timeout=2.0)
+        self._release()
+        if me.name == "fastref-monitor":
+            logger.debug("shut down from a callback")
+
+    def _release(self) -> None:
+        """Give back everything that others could see. What this process has mapped stays while handles use it."""
+        if self._monitor is not None:
+            self._monitor.stop()
+        for link in self._links.values():
+            link.close()
+        if self._membership is not None:
+            self._membership.close()
+        if self._listener is not None:
+            self._listener.close()
+        if self._memory is not None:
+            self._memory.close()
+        self._lock.release()
+
+    def abandon(self) -> None:
+        """The interpreter ends without ``shutdown``: stop the threads and go; peers see a worker that died."""
+        if self._ended.acquire(blocking=False) and self.is_ours():
+            self.close()
+            self.stop_threads()
+            self._release()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain figures of everything: tables, rings, calls, segments."""
+        return {
+            "worker": {"name": self.info.name, "rank": self.rank, "pid": os.getpid(), "closed": bool(self.closed)},
+            "calls": {
+                "pending": self.calls_pending, "sent": self.calls_sent, "served": self.calls_served,
+                "running": self.running, "threads": self.threads, "parked": self.parked,
+                "fetched_directly": self.fetched_directly, "fetched_by_message": self.fetched_by_message,
+                "values_published": self.values_published,
+            },
+            "slots": self.slots.snapshot(),
+            "table": self.table.snapshot(),
+            "abroad": {"forks": self._owner_forks.total(), "waiting": self._user_forks.waiting()},
+            "arena": self.arena.snapshot(),
+            "rings": self.inbox.snapshot(),
+            "peers": {peer.name: peer.snapshot() for peer in self.peers if peer is not None},
+            "dead": {rank: sorted(waiting) for rank, waiting in self._removal.open_cases().items()},
+        }  # fmt: skip
+
+
+_alive: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+@atexit.register
+def _abandon_all() -> None:
+    for runtime in list(_alive):
+        try:
+            runtime.abandon()
+        except WorkerDied:
+            logger.debug("a peer ended while this process did")

@@ -1,0 +1,73 @@
+"""Calls in: draining, running functions, answering."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fastref.channels.channel cimport Arrival, fr_bell
+from fastref.channels.slots cimport fr_waiting
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport OwnedValue, RRef
+from fastref.runtime.calls cimport Caller
+from fastref.runtime.peer cimport Peer
+from fastref.wire.frame cimport FrameView, fr_frame
+
+
+cdef extern from "fr_serve.h" nogil:
+    struct fr_serving:
+        fr_bell* bell
+        uint32_t token
+        uint32_t watcher
+        uint64_t progress
+        uint32_t away
+        uint32_t queued
+        uint32_t errands
+        uint32_t stopping
+        fr_waiting waiting
+    bint fr_serve_take_token(fr_serving*)
+    void fr_serve_pass_token(fr_serving*)
+    bint fr_serve_retake_token(fr_serving*)
+    void fr_serve_block(fr_serving*)
+    void fr_serve_unblock(fr_serving*)
+    void fr_serve_kick(fr_serving*)
+    void fr_serve_stop(fr_serving*)
+    bint fr_serve_wait_leader(fr_serving*, int64_t)
+    bint fr_serve_follow(fr_serving*, int64_t)
+
+
+cdef class Job:
+    cdef fr_frame head
+    cdef Peer peer
+    cdef list references
+    cdef object body            # what the payload said, once it is decoded
+    cdef bytes payload          # or the payload, when reading it runs code of the program
+    cdef object failure         # or why it cannot be run
+    cdef bint parked            # it waits for a value
+
+
+cdef class Server(Caller):
+    cdef fr_serving serving
+    cdef readonly uint32_t running      # functions inside user code, not blocked in fastref
+    cdef readonly uint32_t threads, parked
+    cdef public uint32_t thread_cap
+    cdef object queue                   # jobs that wait for a thread
+    cdef list completions               # answers to settle without the token
+    cdef readonly object errands                 # callables to run without the token
+    cdef object _threads
+    cdef readonly object watched                 # dead workers whose last records are still to be read
+    cdef object controls                # bookkeeping frames to act on once the inbox is at rest
+    cdef public uint64_t calls_served, values_published
+    cdef readonly dict blocks           # index -> offset of the block its published value lies in
+    cdef readonly dict credit_of        # index -> rank for whose remote() the entry is open
+
+    cdef int lead(self) except -1
+    cdef Job drain(self, bint run_calls)
+    cdef Job accept(self, Arrival* arrival, Peer peer)
+    cdef int take_references(self, FrameView* view, Peer peer, list references) except -1
+    cdef int run(self, Job job, bint leading) except -1
+    cdef Encoder execute(self, Job job, int* flags)
+    cdef object call_target(self, Job job)
+    cdef bint _parks(self, OwnedValue owned, Job job) except -1
+    cdef int answer(self, Job job, Encoder body, int flags) except -1
+    cdef int fail_job(self, Job job, object error) except -1
+    cdef int settle_value(self, OwnedValue owned, RRef rref, object value, object error) except -1
+    cdef int complete(self, Job job) except -1
+    cdef void count_queue(self) noexcept

@@ -1,0 +1,678 @@
+"""Calls in: draining, running functions, answering.
+
+The thread that holds the drain token reads the rings. It acts on bookkeeping at once, and never runs code of the
+program while it holds the token: not a function, not an unpickling, not a callback, not a destructor.
+"""
+
+from collections import deque
+import logging
+import threading
+import weakref
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from fastref._core cimport (FR_FAILPOINT, FR_FIRST, FR_INLINE_VALUE, FR_LOST, FR_VALUE_FAILED, FR_VALUE_READY, failpoints,
+                            fr_failpoints_here, fr_fork, fr_load32_acquire, fr_store32_relaxed)
+from fastref.channels.channel cimport Arrival
+from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
+from fastref.codec.payload cimport Encoder
+from fastref.codec.stream cimport encode_value
+from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef, forks_so_far, make_rref
+from fastref.runtime.calls cimport Caller, Pending
+from fastref.runtime.peer cimport Peer
+from fastref.runtime.post cimport fr_thread, this_thread
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN, NO_SLOT,
+                                 PYTHON_CALL, PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block,
+                                 fr_frame, next_fork, parse_frame)
+
+from fastref.codec.failures import decode_failure, encode_failure
+from fastref.codec.lookup import find_callable
+from fastref.errors import PeerError, ProtocolError, ReferenceLost, ResourceError
+
+fr_failpoints_here = failpoints()
+
+logger = logging.getLogger("fastref")
+
+cdef enum:
+    IDLE = 0
+    LOST = 1
+    BATCH = 64              # answers that are settled together, so that the token is passed on once for all of them
+    BASE_THREADS = 2        # always there; measured: four eager threads halve the rate of short functions
+    LARGEST_PUBLISHED = 1 << 20
+    GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
+
+
+cdef class Job:
+    """One frame that takes code of the program to deal with."""
+
+
+cdef class Server(Caller):
+    """The serving half of a runtime."""
+
+    def __init__(self, *args, thread_cap: int = 16, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.serving.bell = self.inbox.bell
+        self.thread_cap = thread_cap
+        self.queue, self.controls = deque(), deque()
+        self.completions, self.errands = [], deque()
+        self.watched = set()
+        self._threads = weakref.WeakSet()
+        self.blocks, self.credit_of = {}, {}
+
+    # ---- threads
+
+    def start_threads(self) -> None:
+        """Start the threads that are always there."""
+        for _ in range(BASE_THREADS):
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        self.threads += 1
+        self.parked += 1  # counted from here on, so that the starter need not wait for it
+        thread = threading.Thread(target=self._serve, name=f"fastref-serve-{self.threads}", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def thread_objects(self) -> list:
+        """The serving threads."""
+        return list(self._threads)
+
+    def is_busy(self) -> bool:
+        """True while a call is in this process: running, queued, or not read yet."""
+        return bool(self.running or self.queue or self.completions or self.errands or self.controls)
+
+    def is_ours(self) -> bool:
+        """False in a child that ``os.fork`` made."""
+        return self.fork_count == forks_so_far()
+
+    def _serve(self) -> None:
+        cdef fr_thread* me = this_thread()
+        cdef int64_t slice_ns = self.slice_ns
+        cdef bint mine
+        cdef int idle_slices = 0
+        cdef int status
+        while not self.serving.stopping:
+            with nogil:
+                mine = fr_serve_follow(&self.serving, slice_ns)
+            if not mine:
+                idle_slices += 1
+                if self.threads > BASE_THREADS and self.parked > 1 and idle_slices > 20:
+                    break
+                continue
+            idle_slices = 0
+            self.parked -= 1
+            me.leading = True
+            while not self.serving.stopping:
+                try:
+                    status = self.lead()
+                except BaseException:
+                    logger.exception("the serving thread goes on after an error of its own")
+                    status = IDLE if me.leading else LOST
+                if status == LOST:
+                    break
+                with nogil:
+                    fr_serve_wait_leader(&self.serving, slice_ns)
+            if me.leading:
+                me.leading = False
+                fr_store32_relaxed(&self.serving.token, 0)
+            self.parked += 1
+        self.parked -= 1
+        self.threads -= 1
+
+    def stop_threads(self) -> None:
+        """Tell all serving threads to end once they are out of user code."""
+        with nogil:
+            fr_serve_stop(&self.serving)
+
+    cdef void blocked(self, bint yes) noexcept nogil:
+        cdef fr_thread* me = this_thread()
+        if not me.running:
+            return
+        if yes:
+            self.running -= 1
+            if me.away:
+                fr_serve_block(&self.serving)
+            with gil:
+                self.count_queue()
+        else:
+            self.running += 1
+            if me.away:
+                fr_serve_unblock(&self.serving)
+            with gil:
+                self.count_queue()
+
+    cdef void count_queue(self) noexcept:
+        """Publish how many queued calls may run now, and wake somebody for them."""
+        cdef uint32_t runnable = len(self.queue) if self.running < self.thread_cap else 0
+        fr_store32_relaxed(&self.serving.queued, runnable)
+        if runnable:
+            fr_serve_kick(&self.serving)
+
+    # ---- the leader
+
+    cdef int lead(self) except -1:
+        """Drain and run until nothing is left (IDLE) or another thread has the token (LOST)."""
+        cdef Job job
+        while not self.serving.stopping:
+            job = None
+            fr_store32_relaxed(&self.serving.errands, 0)
+            if self.queue and self.running < self.thread_cap:
+                job = self.queue.popleft()
+                self.count_queue()
+            else:
+                job = self.drain(True)
+            if self.table.needs_sweep():
+                self.sweep()
+            if self.watched and job is None:
+                self._look_at_the_dead()
+            if job is None and not self.completions and not self.errands:
+                return IDLE
+            if not self.run(job, True):
+                while self.queue and self.running < self.thread_cap:
+                    job = self.queue.popleft()
+                    self.count_queue()
+                    self.run(job, False)
+                return LOST
+        return IDLE
+
+    def do_later(self, errand) -> None:
+        """Have a callable run by a serving thread, without the drain token."""
+        self.errands.append(errand)
+        self.wake_leader()
+
+    def wake_leader(self) -> None:
+        """Have the leader look round: at errands, the table, the dead."""
+        fr_store32_relaxed(&self.serving.errands, 1)
+        with nogil:
+            fr_serve_kick(&self.serving)
+
+    def watch_inbox(self, rank: int) -> None:
+        """Report through ``inbox_drained`` when nothing of a dead worker is left to read."""
+        self.watched.add(rank)
+        self.wake_leader()
+
+    def _look_at_the_dead(self) -> None:
+        for rank in list(self.watched):
+            if self.inbox.is_empty(rank):
+                self.watched.discard(rank)
+                self.inbox_drained(rank)
+
+    cdef int drain_while_waiting(self) except -1:
+        """Take in what has arrived, without running anything: for a thread that waits for room or credits."""
+        cdef fr_thread* me = this_thread()
+        if me.draining:
+            return 0
+        if me.leading:
+            self.drain(False)
+        elif fr_serve_take_token(&self.serving):
+            me.leading = True
+            try:
+                self.drain(False)
+            finally:
+                self.inbox.put_back()
+                me.leading = False
+                fr_store32_relaxed(&self.serving.token, 0)
+                self.count_queue()
+                fr_serve_kick(&self.serving)
+        return 0
+
+    cdef Job drain(self, bint run_calls):
+        """Read records until there is a call to run. Calls that may not run now are queued."""
+        cdef Arrival arrival
+        cdef Job job
+        cdef int found
+        cdef fr_thread* me = this_thread()
+        cdef Peer peer
+        while True:
+            if self.controls and not me.draining:
+                peer, head_call, kind, payload, references = self.controls.popleft()
+                self.handle_control(peer, kind, head_call, payload, references)
+                continue
+            found = self.inbox.next(&arrival)
+            if not found:
+                return None
+            peer = self.peers[arrival.source] if arrival.source < len(self.peers) else None
+            if found < 0 or peer is None:
+                self.peer_broke(arrival.source, "a damaged record")
+                continue
+            me.draining = True
+            try:
+                job = self.accept(&arrival, peer)
+            except BaseException as error:
+                self.inbox.done()
+                logger.exception("a frame from %s could not be read", peer.name)
+                if isinstance(error, ProtocolError):
+                    self.peer_broke(arrival.source, str(error))
+                continue
+            finally:
+                me.draining = False
+            if job is None:
+                continue
+            if job.head.kind == PYTHON_RET:
+                self.completions.append(job)
+                if len(self.completions) >= BATCH and run_calls:
+                    return None
+            elif run_calls and self.running < self.thread_cap:
+                return job
+            else:
+                self.queue.append(job)
+                self.count_queue()
+
+    cdef Job accept(self, Arrival* arrival, Peer peer):
+        """Turn one record into a job, or into an entry of ``controls``. The record is done with afterwards."""
+        cdef FrameView view
+        cdef Job job
+        cdef fr_block block
+        cdef const char* payload
+        cdef uint64_t size
+        cdef list references = []
+        if not parse_frame(arrival.data, arrival.size, &view):
+            raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
+        lost = self.take_references(&view, peer, references) if view.head.references else 0
+        self.inbox.acquired()
+        FR_FAILPOINT("fork.received")
+        payload, size = view.payload, view.payload_size
+        if view.head.flags & FLAG_BLOCK:
+            memcpy(&block, payload, sizeof(fr_block))
+            payload, size = peer.arena.borrow(block.offset, block.size), block.size
+        if view.head.kind > RREF_FETCH_CALL:
+            data = PyBytes_FromStringAndSize(payload, size)
+            self.inbox.done()
+            self.controls.append((peer, view.head.call if view.head.kind != INTERN else view.head.callable,
+                                  view.head.kind, data, references))
+            return None
+        job = Job.__new__(Job)
+        job.head, job.peer, job.references = view.head, peer, references
+        try:
+            if lost:
+                raise ReferenceLost(f"{lost} of the references that worker {peer.info.name!r} sent ended on the way",
+                                    peer.info.name)
+            if view.head.flags & (FLAG_PICKLED | FLAG_ERROR):
+                job.payload = PyBytes_FromStringAndSize(payload, size)
+            elif size:
+                job.body = self.decode_any(payload, size, view.head.flags, references)
+        except Exception as error:
+            job.failure = error
+        self.inbox.done()
+        if view.head.kind == PYTHON_REMOTE_CALL:
+            self._register_remote(job)
+        return job
+
+    cdef int take_references(self, FrameView* view, Peer peer, list references) except -1:
+        """Take every reference of a frame, before the cursor moves and before anything runs; returns how many are lost."""
+        cdef fr_fork fork
+        cdef const char* at = view.forks
+        cdef const char* following
+        cdef Peer owner
+        cdef OwnedValue owned
+        cdef int i, lost = 0
+        for i in range(view.head.references):
+            following = next_fork(at, view.payload, &fork)
+            if following == NULL:
+                raise ProtocolError(f"worker {peer.info.name!r} changed a frame while it was read")
+            type_str = None
+            if fork.type_size:
+                type_str = (following - fork.type_size)[:fork.type_size].decode()
+            at = following
+            owner = self.peers[fork.owner] if fork.owner < len(self.peers) else None
+            owned = None
+            if owner is None or not fork.has_entry or fork.index >= owner.holder.h.at.capacity:
+                lost += 1
+                references.append(None)
+                continue
+            if fork.owner == self.rank:
+                if fork.index < len(self.owned):
+                    owned = self.owned[fork.index]
+                if owned is None and not (i == 0 and view.head.kind == PYTHON_REMOTE_CALL):
+                    lost += 1
+                    references.append(None)
+                    continue
+                if self.table.at.descriptors[fork.index].generation != fork.generation:
+                    lost += 1
+                    references.append(None)
+                    continue
+            if owner.holder.take(fork.index, fork.generation) == FR_LOST:
+                lost += 1
+                references.append(None)
+                continue
+            if fork.owner == self.rank and owned is None:
+                owned = OwnedValue.__new__(OwnedValue)
+                self.own(fork.index, owned)
+            elif not owner.holder.h.bit:
+                self.received_abroad(peer, fork.owner, fork.index, fork.generation,
+                                     <uint64_t>fork.fork_created_on << 48 | fork.fork_local, fork.parent)
+            references.append(make_rref(self, owner.holder, &fork, owned, type_str))
+        return lost
+
+    def _register_remote(self, job: Job) -> None:
+        """The peer has used one of the entries that were opened for it."""
+        if job.references and job.references[0] is not None:
+            index = (<RRef>job.references[0]).fork.index
+            if self.credit_of.pop(index, None) is not None:
+                job.peer.credits_open -= 1
+                if job.peer.credits_open < job.peer.credit_window // 2:
+                    self.controls.append((job.peer, 0, GRANT_MORE, b"", None))  # grant more, once the inbox is at rest
+
+    # ---- running
+
+    cdef int run(self, Job job, bint leading) except -1:
+        """Settle answers, drop values, run a call and answer it. Returns whether this thread still leads."""
+        cdef fr_thread* me = this_thread()
+        cdef Encoder body = None
+        cdef int flags = 0
+        cdef int64_t outer_deadline = me.deadline_ns
+        if leading:
+            self.inbox.put_back()
+            if job is not None and self.parked == 0:
+                self._start_thread()
+            me.leading, me.away = False, True
+            fr_serve_pass_token(&self.serving)
+        try:
+            while leading and self.completions:
+                batch, self.completions = self.completions, []
+                for done in batch:
+                    self.complete(<Job>done)
+                batch = None
+            while leading and self.errands:
+                errand = self.errands.popleft()
+                try:
+                    errand()
+                except Exception:
+                    logger.exception("an errand failed")
+                errand = None
+            if job is not None:
+                self.running += 1
+                me.running += 1
+                me.deadline_ns = job.head.deadline_ns
+                FR_FAILPOINT("call.running")
+                try:
+                    body = self.execute(job, &flags)
+                finally:
+                    me.running -= 1
+                    self.running -= 1
+                    me.deadline_ns = outer_deadline
+        finally:
+            if leading:
+                me.away = False
+                me.leading = leading = fr_serve_retake_token(&self.serving)
+        if self.queue:
+            self.count_queue()
+        if job is not None and not job.parked:
+            self.calls_served += 1
+        if body is not None:
+            FR_FAILPOINT("call.encoded")
+            try:
+                self.answer(job, body, flags)
+            except PeerError as error:
+                logger.debug("nobody is left to answer: %s", error)
+            self.encoder_done(body)
+        return leading
+
+    cdef Encoder execute(self, Job job, int* flags):
+        """Run a job; returns the encoded answer, or None when there is none to give (yet)."""
+        cdef Encoder body
+        cdef OwnedValue owned
+        cdef RRef rref
+        try:
+            if job.failure is not None:
+                raise job.failure
+            if job.payload is not None:
+                job.body = self.decode_any(PyBytes_AS_STRING(job.payload), PyBytes_GET_SIZE(job.payload), job.head.flags,
+                                           job.references)
+                job.payload = None
+            job.parked = False
+            if job.head.kind == RREF_FETCH_CALL:
+                owned = (<RRef>job.references[0]).owned
+                if owned is None:
+                    raise ProtocolError(f"{self.info} does not own what {job.peer.info} wants to fetch")
+                if self._parks(owned, job):
+                    return None
+                if owned.settled == VALUE_FAILED:
+                    flags[0] = FLAG_ERROR
+                    body = self.encoder()
+                    body.raw(<const char*>(<bytes>owned.error), len(owned.error))
+                    return body
+                result = owned.value
+            else:
+                if job.head.flags & FLAG_METHOD:
+                    rref = job.references[1 if job.head.kind == PYTHON_REMOTE_CALL else 0]
+                    if rref.owned is None:
+                        raise ProtocolError(f"{self.info} does not own what {job.peer.info} calls")
+                    if self._parks(rref.owned, job):
+                        return None
+                result = self.call_target(job)
+            if job.head.kind == PYTHON_REMOTE_CALL:
+                rref = job.references[0]
+                self.settle_value(rref.owned, rref, result, None)
+                return None
+            body = self.encoder()
+            flags[0] = self.encode_any(body, result, job.peer.shares_main)
+            return body
+        except BaseException as error:
+            failure = encode_failure(error, self.info)
+        if job.head.kind == PYTHON_REMOTE_CALL:
+            if job.references and job.references[0] is not None:
+                rref = job.references[0]
+                self.settle_value(rref.owned, rref, None, failure)
+            return None
+        flags[0] = FLAG_ERROR
+        body = self.encoder()
+        body.raw(<const char*>(<bytes>failure), len(failure))
+        return body
+
+    cdef object call_target(self, Job job):
+        """Call what a frame asks for."""
+        cdef OwnedValue owned
+        if job.head.flags & FLAG_METHOD:
+            owned = (<RRef>job.references[1 if job.head.kind == PYTHON_REMOTE_CALL else 0]).owned
+            method, args, kwargs = job.body
+            if owned.settled == VALUE_FAILED:
+                raise decode_failure(owned.error)
+            func = getattr(owned.value, method)
+        elif job.head.callable:
+            args, kwargs = job.body
+            func = find_callable(job.peer.callables, job.head.callable, job.peer.info)
+        else:
+            func, args, kwargs = job.body
+        job.body = None
+        if kwargs is None:
+            return func(*args)
+        return func(*args, **kwargs)
+
+    cdef bint _parks(self, OwnedValue owned, Job job) except -1:
+        """Leave a job with a value that is not there yet. No thread waits for it."""
+        if owned.settled != VALUE_PENDING:
+            return False
+        if owned.waiters is None:
+            owned.waiters = []
+        owned.waiters.append(job)
+        job.parked = True
+        if owned.settled != VALUE_PENDING and job in owned.waiters:  # settled between our looks
+            owned.waiters.remove(job)
+            job.parked = False
+            return False
+        return True
+
+    cdef int settle_value(self, OwnedValue owned, RRef rref, object value, object error) except -1:
+        """A value is there, or never will be: tell whoever waits for it, and publish it if nobody can ever change it."""
+        if owned.settled != VALUE_PENDING:
+            raise ProtocolError(f"{rref!r} has a value already")
+        owned.value, owned.error = value, error
+        if error is not None:
+            owned.settle(VALUE_FAILED)
+            self.table.set_state(rref.fork.index, "failed")
+        else:
+            owned.settle(VALUE_READY)
+            self.publish(rref)
+        waiters, owned.waiters = owned.waiters, None
+        if waiters:
+            self.queue.extend(waiters)
+            self.count_queue()
+        return 0
+
+    cdef int publish(self, RRef rref) except -1:
+        """Let holders read an immutable value without asking; of others say only that it is there."""
+        cdef Encoder body
+        cdef uint64_t offset
+        cdef uint32_t index = rref.fork.index
+        value = rref.owned.value
+        if not _immutable(value, 0):
+            self.table.set_state(index, "ready")
+            return 0
+        body = self.encoder()
+        try:
+            if not encode_value(body, value, 0) or body.total() > LARGEST_PUBLISHED:
+                self.table.set_state(index, "ready")
+                return 0
+            data = PyBytes_FromStringAndSize(NULL, body.total())
+            body.copy_to(PyBytes_AS_STRING(data))
+        finally:
+            self.encoder_done(body)
+        if not self.table.publish_inline(index, data):
+            try:
+                offset = self.arena.lend(len(data))
+            except ResourceError:
+                self.table.set_state(index, "ready")
+                return 0
+            self.arena.fill(offset, data)
+            self.blocks[index] = offset
+            self.table.publish_block(index, offset, len(data))
+        self.values_published += 1
+        return 0
+
+    cdef int answer(self, Job job, Encoder body, int flags) except -1:
+        """Leave the answer in the caller's slot, or send it as a message."""
+        cdef fr_frame head
+        cdef fr_slot* slot
+        cdef uint64_t size = body.total()
+        cdef int64_t lent = -1
+        cdef fr_block block
+        if fr_load32_acquire(&job.peer.died):
+            return 0
+        if job.head.slot != NO_SLOT and not body.references:
+            if size > FR_SLOT_ROOM:
+                try:
+                    lent = self._lend(job.peer, size)
+                except ResourceError as error:
+                    return self.fail_job(job, error)
+            if size <= FR_SLOT_ROOM or lent >= 0:
+                if lent >= 0:
+                    with nogil:
+                        body.copy_to(self.arena.base + lent)
+                slot = job.peer.slots.claim(job.head.slot, job.head.call)
+                if slot == NULL:
+                    if lent >= 0:
+                        self.arena.give_back(lent)
+                    return 0
+                FR_FAILPOINT("slot.writing")
+                if lent >= 0:
+                    block.offset, block.size = lent, size
+                    memcpy(slot.data, &block, sizeof(fr_block))
+                    flags |= FLAG_BLOCK
+                    job.peer.slot_loans.append((job.head.slot, job.head.call, lent))
+                    size = sizeof(fr_block)
+                else:
+                    body.copy_to(slot.data)
+                fr_store32_relaxed(&slot.size, size)    # relaxed: published by DONE
+                fr_store32_relaxed(&slot.flags, flags)
+                with nogil:
+                    fr_slot_finish(slot, job.head.call)
+                job.peer.release(self.arena)
+                return 0
+        memset(&head, 0, sizeof(fr_frame))
+        head.kind, head.flags, head.slot, head.call = PYTHON_RET, flags, job.head.slot, job.head.call
+        try:
+            self.post(job.peer, &head, body, 0)
+        except PeerError:
+            raise
+        except Exception as error:  # no memory for the answer, or a reference in it that cannot travel
+            self.fail_job(job, error)
+        return 0
+
+    cdef int fail_job(self, Job job, object error) except -1:
+        """Answer a job with an exception of our own."""
+        cdef Encoder body = self.encoder()
+        failure = encode_failure(error, self.info)
+        body.raw(<const char*>(<bytes>failure), len(failure))
+        self.answer(job, body, FLAG_ERROR)
+        self.encoder_done(body)
+        return 0
+
+    # ---- answers to our own calls
+
+    cdef int complete(self, Job job) except -1:
+        """An answer came as a message: settle the call it belongs to."""
+        cdef Pending pending
+        value = error = None
+        try:
+            if job.failure is not None:
+                raise job.failure
+            if job.payload is not None:
+                value = self.outcome(job.peer, PyBytes_AS_STRING(job.payload), PyBytes_GET_SIZE(job.payload),
+                                     job.head.flags, job.references)
+            else:
+                value = job.body
+        except Exception as trouble:
+            error = trouble
+        pending = self.pending.pop(job.head.call, None)
+        if pending is not None:
+            try:
+                pending.settle(value, error)
+            except Exception:
+                logger.exception("a callback of a future raised")
+        elif job.head.slot != NO_SLOT and job.head.slot < self.slots.count:
+            self.arrived[job.head.call] = (value, error)
+            self.slots.finish_here(job.head.slot, job.head.call, FLAG_LOCAL)
+            if not self.slots.waits_for(job.head.slot, job.head.call):
+                self.arrived.pop(job.head.call, None)  # the caller has given up
+        return 0
+
+    def send_control(self, peer: Peer, kind: int, call: int, payload: bytes) -> None:
+        """Send one bookkeeping frame.
+
+        Raises
+        ------
+        PeerError
+            When the peer is dead.
+        """
+        cdef fr_frame head
+        cdef Encoder body = self.encoder()
+        memset(&head, 0, sizeof(fr_frame))
+        head.kind, head.slot, head.call = kind, NO_SLOT, call
+        body.raw(<const char*>payload, len(payload))
+        try:
+            self.post(peer, &head, body, 0)
+        finally:
+            self.encoder_done(body)
+
+    # ---- what the runtime above decides
+
+    def handle_control(self, peer, kind: int, call: int, payload: bytes, references: list | None) -> None:
+        raise NotImplementedError
+
+    def peer_broke(self, rank: int, what: str) -> None:
+        raise NotImplementedError
+
+    def received_abroad(self, peer, owner: int, index: int, generation: int, fork: int, parent: int) -> None:
+        raise NotImplementedError
+
+    def inbox_drained(self, rank: int) -> None:
+        raise NotImplementedError
+
+    def sweep(self) -> None:
+        raise NotImplementedError
+
+
+cdef bint _immutable(object value, int depth) except -1:
+    """True for a value that nobody can ever change."""
+    kind = type(value)
+    if value is None or kind is bool or kind is int or kind is float or kind is str or kind is bytes:
+        return True
+    if kind is tuple and depth < 16:
+        for item in value:
+            if not _immutable(item, depth + 1):
+                return False
+        return True
+    return False
