@@ -1,1 +1,64 @@
-"""fastref: remote references for Python and PyTorch."""
+"""fastref: remote references for Python and PyTorch, fast on one host and hard to break.
+
+``import fastref.rpc as rpc`` has the names of ``torch.distributed.rpc``; this module has the same and what goes beyond.
+"""
+
+import logging
+
+from fastref import debug
+from fastref._version import __version__
+from fastref.api import Session, get_worker_info, init_rpc, is_available, remote, rpc_async, rpc_sync, shutdown
+from fastref.errors import (
+    CallTimeout,
+    FastrefError,
+    ForkedProcessError,
+    IdsExhausted,
+    NotInitialized,
+    OwnerDied,
+    PeerError,
+    ProtocolError,
+    ReferenceLost,
+    RemoteError,
+    RendezvousError,
+    ResourceError,
+    UsageError,
+    WorkerDied,
+)
+from fastref.futures import Future
+from fastref.options import RpcBackendOptions, WorkerInfo
+from fastref.rref import RRef
+from fastref.spawn import spawn
+
+__all__ = [
+    "CallTimeout",
+    "FastrefError",
+    "ForkedProcessError",
+    "Future",
+    "IdsExhausted",
+    "NotInitialized",
+    "OwnerDied",
+    "PeerError",
+    "ProtocolError",
+    "RRef",
+    "ReferenceLost",
+    "RemoteError",
+    "RendezvousError",
+    "ResourceError",
+    "RpcBackendOptions",
+    "Session",
+    "UsageError",
+    "WorkerDied",
+    "WorkerInfo",
+    "__version__",
+    "debug",
+    "get_worker_info",
+    "init_rpc",
+    "is_available",
+    "remote",
+    "rpc_async",
+    "rpc_sync",
+    "shutdown",
+    "spawn",
+]
+
+logging.getLogger("fastref").addHandler(logging.NullHandler())  # silent unless the program configures logging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ __all__ = ["WorkerInfo", "RpcBackendOptions", "DEFAULT_RPC_TIMEOUT_SEC", "UNSET_
 
 DEFAULT_RPC_TIMEOUT_SEC: float = 60.0
 DEFAULT_INIT_METHOD = "env://"
+INIT_METHOD_VARIABLE = "FASTREF_INIT_METHOD"  # set by fastref.spawn in its children
 DEFAULT_NUM_WORKER_THREADS = 16
 UNSET_RPC_TIMEOUT: float = -1.0
 
@@ -62,7 +64,7 @@ class RpcBackendOptions:
     rpc_timeout : float
         Seconds that a call may take by default; 0: for ever.
     init_method : str
-        Where the workers meet: ``env://``, ``tcp://HOST:PORT``, ``file:///PATH`` or, on one host and without any port,
+        Where the workers meet; by default what ``fastref.spawn`` chose for its group, else ``env://``. One of ``env://``, ``tcp://HOST:PORT``, ``file:///PATH`` or, on one host and without any port,
         ``local://NAME``.
     num_worker_threads : int
         How many functions may run at once here without being blocked in fastref.
@@ -85,7 +87,7 @@ class RpcBackendOptions:
     def __init__(
         self,
         rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC,
-        init_method: str = DEFAULT_INIT_METHOD,
+        init_method: str | None = None,
         *,
         num_worker_threads: int = DEFAULT_NUM_WORKER_THREADS,
         table_bits: int = 61,
@@ -95,6 +97,8 @@ class RpcBackendOptions:
     ) -> None:
         if isinstance(rpc_timeout, bool) or not isinstance(rpc_timeout, (int, float)) or rpc_timeout < 0:
             raise UsageError(f"rpc_timeout is a number of seconds, 0 for ever, got {rpc_timeout!r}")
+        if init_method is None:
+            init_method = os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)
         if not isinstance(init_method, str):
             raise UsageError(f"init_method is a string such as env://, got {init_method!r}")
         if not isinstance(num_worker_threads, int) or num_worker_threads < 1:

@@ -289,6 +289,10 @@ cdef class Inbox:
         self.done()
         return (arrival.source, data)
 
+    def has_any(self) -> bool:
+        """True when a source may have something to read."""
+        return fr_bell_any(self.bell)
+
     def ring_for_dead(self, source: int) -> None:
         """Look at what a dead peer wrote, even if it was killed before it could ring."""
         self._checked(source)

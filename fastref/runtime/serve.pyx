@@ -121,6 +121,27 @@ cdef class Server(Caller):
         self.parked -= 1
         self.threads -= 1
 
+    def step(self) -> bool:
+        """Act on everything that has arrived, on the calling thread; True if there was something. For tests."""
+        cdef fr_thread* me = this_thread()
+        cdef bint work
+        if not fr_serve_take_token(&self.serving):
+            return False
+        work = self.inbox.has_any() or bool(self.queue or self.errands or self.controls or self.completions)
+        self.parked += 1  # the caller stands for all serving threads: no other is started
+        me.leading = True
+        try:
+            self.lead()
+        finally:
+            self.parked -= 1
+            me.leading = False
+            fr_store32_relaxed(&self.serving.token, 0)
+        return work
+
+    def abandon_handles(self) -> None:
+        """Let no handle of this runtime touch a shared word any more, as if its process had been killed."""
+        self.fork_count += 1000000
+
     def stop_threads(self) -> None:
         """Tell all serving threads to end once they are out of user code."""
         with nogil:

@@ -1,0 +1,52 @@
+"""Start a local group of worker processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+from fastref.errors import UsageError
+from fastref.options import INIT_METHOD_VARIABLE
+
+__all__ = ["spawn"]
+
+
+def spawn(fn: Callable[..., Any], nprocs: int = 1, args: Sequence[Any] = (), start_method: str = "spawn") -> None:
+    """Run ``fn(rank, *args)`` in ``nprocs`` processes of this host and wait for them.
+
+    In each of them ``RANK`` and ``WORLD_SIZE`` are set, and ``init_rpc(name)`` needs nothing else: by default the group
+    meets under a ``local://`` name of its own, without opening a port.
+
+    Parameters
+    ----------
+    fn : callable
+        Found by name in the children.
+    nprocs : int
+        At least 1.
+    args : sequence
+        Pickled for each child.
+    start_method : str
+        "spawn" or "forkserver". A child made by "fork" would share what its parent holds.
+
+    Raises
+    ------
+    torch.multiprocessing.ProcessRaisedException
+        When a child raises, with its traceback; the others are ended.
+    torch.multiprocessing.ProcessExitedException
+        When a child ends otherwise; the others are ended.
+    """
+    if nprocs < 1:
+        raise UsageError(f"a group has at least 1 process, got {nprocs}")
+    if start_method not in ("spawn", "forkserver"):
+        raise UsageError(f"start_method is 'spawn' or 'forkserver', got {start_method!r}")
+    job = f"local://spawn-{os.getpid()}-{secrets.token_hex(4)}"
+    multiprocessing.start_processes(_enter, (fn, nprocs, job, tuple(args)), nprocs, start_method=start_method)
+
+
+def _enter(rank: int, fn: Callable[..., Any], nprocs: int, job: str, args: tuple) -> None:
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(nprocs), INIT_METHOD_VARIABLE: job})
+    fn(rank, *args)
