@@ -9,9 +9,12 @@ from libc.stdint cimport UINT32_MAX
 from libc.stdlib cimport calloc, free, getenv, realloc
 from libc.string cimport memcpy, memset
 
+from operator import index as index_of
+
 from fastref.errors import IdsExhausted, ProtocolError, ReferenceLost, UsageError
 
-__all__ = ["IdGenerator", "GloballyUniqueId", "ForkData", "Holder", "ReferenceTable", "PinQueue", "table_sizes", "BITS"]
+__all__ = ["IdGenerator", "GloballyUniqueId", "ForkData", "Holder", "ReferenceTable", "PinQueue", "table_sizes",
+           "arm_failpoints", "BITS"]
 
 cdef uint64_t COUNT_BITS = 48
 cdef uint64_t COUNT_MASK = (<uint64_t>1 << 48) - 1
@@ -67,6 +70,7 @@ cdef class IdGenerator:
     """
 
     def __cinit__(self, worker: int, start: int = 0):
+        worker, start = index_of(worker), index_of(start)
         if not 0 <= worker < 1 << 16:
             raise UsageError(f"worker must be in [0, 65536), got {worker}")
         if not 0 <= start <= 1 << 48:
@@ -157,12 +161,18 @@ cdef class ForkData:
         self.data.rref_created_on, self.data.rref_local = rref_id.created_on, rref_id.local_id
         self.data.fork_created_on, self.data.fork_local = fork_id.created_on, fork_id.local_id
         self.type_str = type_str
-        encoded = b"" if type_str == "PyObject" else type_str.encode()
-        if len(encoded) > 65535:
-            raise UsageError(f"a type string has at most 65535 bytes, got {len(encoded)}")
+        try:
+            encoded = b"" if type_str == "PyObject" else type_str.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"a type string is text, got {type_str!r}") from error
+        if not type_str or len(encoded) > 65535:
+            raise UsageError(f"a type string has 1 to 65535 bytes, got {len(encoded)}")
         self.data.type_size = len(encoded)
         if entry is not None:
-            self.data.index, self.data.generation = entry
+            try:
+                self.data.index, self.data.generation = entry
+            except (OverflowError, TypeError, ValueError) as error:
+                raise UsageError(f"an entry is an index and a generation of 32 bits each, got {entry!r}") from error
             self.data.has_entry = 1
 
     @property
@@ -404,14 +414,15 @@ cdef class ReferenceTable:
 
     def extend(self, usable: int) -> None:
         """Make the entries below ``usable`` available; their memory must be there."""
-        cdef uint32_t index
-        if usable > self.at.capacity:
+        cdef uint32_t index, wanted
+        if not 0 <= usable <= self.at.capacity:
             raise UsageError(f"the table has room for {self.at.capacity} entries, not {usable}")
+        wanted = usable
         pthread_mutex_lock(&self.lock)
-        for index in range(self.usable, usable):
+        for index in range(self.usable, wanted):
             fr_store_release(&self.at.hold[index], FR_BIT_CLOSED)
             self._push_free(index)
-        self.usable = max(self.usable, <uint32_t>usable)
+        self.usable = max(self.usable, wanted)
         pthread_mutex_unlock(&self.lock)
 
     cdef void _push_free(self, uint32_t index) noexcept nogil:

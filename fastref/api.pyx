@@ -16,8 +16,7 @@ from fastref.rref import RRef, current_wiring, set_current_wiring
 from fastref.runtime.runtime import Runtime
 
 __all__ = [
-    "RRef",
-    "WorkerInfo",
+    "Session",
     "get_worker_info",
     "init_rpc",
     "is_available",

@@ -11,7 +11,7 @@ from fastref._core cimport FR_LAST, Holder, fr_fork
 from fastref._core import GloballyUniqueId
 from fastref.errors import ForkedProcessError, NotInitialized, UsageError
 
-__all__ = ["RRef", "RRefProxy", "current_wiring", "set_current_wiring"]
+__all__ = ["RRef", "RRefProxy", "OwnedValue", "Wiring", "current_wiring", "set_current_wiring"]
 
 cdef extern from *:
     """

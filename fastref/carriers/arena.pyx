@@ -42,7 +42,7 @@ cdef class Arena:
         cdef unsigned char[::1] room = memory
         self._memory = memoryview(memory)
         self.base = <char*>&room[0]
-        self.limit = room.shape[0]
+        self.limit = room.shape[0] & ~<uint64_t>4095
         self._commit = commit
         self._lock = Lock()
         self._lent = {}
@@ -56,7 +56,10 @@ cdef class Arena:
         ResourceError
             When the arena's limit is reached or the system has no memory for it.
         """
-        cdef uint64_t rounded = _rounded(size_bytes), offset, wanted
+        cdef uint64_t rounded, offset, wanted
+        if size_bytes > self.limit:
+            raise ResourceError(f"an arena of {self.limit} bytes has no room for a block of {size_bytes}")
+        rounded = _rounded(size_bytes)
         with self._lock:
             waiting = self._free.get(rounded)
             if waiting:

@@ -6,7 +6,7 @@ import struct
 
 from fastref.carriers.arena import Arena, PeerArena
 from fastref.carriers.contract import Carrier
-from fastref.errors import ProtocolError
+from fastref.errors import ProtocolError, UsageError
 
 __all__ = ["SharedCarrier"]
 
@@ -39,6 +39,8 @@ class SharedCarrier(Carrier):
         return self._peer.view(*_DESCRIPTOR.unpack(descriptor))
 
     def give_back(self, descriptor: bytes) -> None:
+        if len(descriptor) != _DESCRIPTOR.size:
+            raise UsageError(f"a descriptor of {len(descriptor)} bytes, not {_DESCRIPTOR.size}")
         self._arena.give_back(_DESCRIPTOR.unpack(descriptor)[0])
 
     @property

@@ -125,7 +125,7 @@ cdef class Inbox:
         """Read the ring that peer ``source`` writes. ``ring``: zeroed memory of ``ring_bytes(size_bytes)``."""
         cdef unsigned char[::1] memory = ring
         self._checked(source)
-        if size_bytes & (size_bytes - 1) or memory.shape[0] < size_bytes + <Py_ssize_t>FR_RING_DATA_OFFSET:
+        if size_bytes < 1024 or size_bytes > 1 << 30 or size_bytes & (size_bytes - 1) or memory.shape[0] < size_bytes + <Py_ssize_t>FR_RING_DATA_OFFSET:
             raise UsageError(f"a ring of {size_bytes} bytes in {memory.shape[0]} bytes of memory")
         self._rings[source] = memoryview(ring)
         fr_consumer_open(&self.sources[source].consumer, &memory[0], size_bytes)

@@ -19,7 +19,7 @@ cdef class Encoder:
     cdef list references            # RRefs met, in the order of their numbers
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
-    cdef unsigned seen_count
+    cdef unsigned seen_count, containers
 
     cdef void reset(self) noexcept
     cdef char* grow(self, uint64_t size) except NULL
@@ -36,6 +36,7 @@ cdef class Decoder:
     cdef const char* at
     cdef const char* end
     cdef list references
+    cdef uint64_t claimed           # elements of all containers so far
 
     cdef const char* take(self, uint64_t size) except NULL
     cdef const char* aligned(self, uint64_t size) except NULL

@@ -6,6 +6,8 @@ from libc.string cimport memcpy
 
 from fastref.errors import ProtocolError
 
+__all__ = ["Decoder", "Encoder"]
+
 cdef enum:
     ALIGNMENT = 64
 
@@ -24,7 +26,7 @@ cdef class Encoder:
     cdef void reset(self) noexcept:
         """Empty the buffer, keeping its memory unless it has grown large."""
         self.size = self.segment_bytes = 0
-        self.segment_count = self.seen_count = 0
+        self.segment_count = self.seen_count = self.containers = 0
         if self.references:
             self.references = []
         if self.kept:

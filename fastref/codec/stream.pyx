@@ -30,6 +30,8 @@ cdef extern from "Python.h":
 
 cdef enum:
     DEEPEST = 64            # nesting that the recursive functions follow; deeper values are pickled
+    MOST_CONTAINERS = 4096  # a tuple is written at each meeting; pickle writes it once, whatever the number
+    LONG_TEXT = 4096        # longer strings are worth remembering
 
 
 cdef int encode_value(Encoder encoder, object value, int depth) except -1:
@@ -65,20 +67,21 @@ cdef int encode_value(Encoder encoder, object value, int depth) except -1:
             text = PyUnicode_AsUTF8AndSize(value, &size)
         except UnicodeEncodeError:  # lone surrogates; pickle carries them
             return False
-        if size > 1 << 30:
+        if size > 1 << 30 or (size > LONG_TEXT and not encoder.first_meeting(value)):
             return False
         encoder.tag32(c's', size)
         encoder.raw(text, size)
     elif PyBytes_CheckExact(value):
         size = PyBytes_GET_SIZE(value)
-        if size > 1 << 30:
+        if size > 1 << 30 or (size > LONG_TEXT and not encoder.first_meeting(value)):
             return False
         encoder.tag32(c'b', size)
         encoder.raw(PyBytes_AS_STRING(value), size)
-    elif depth >= DEEPEST:
+    elif depth >= DEEPEST or encoder.containers >= MOST_CONTAINERS:
         return False
     elif PyTuple_CheckExact(value):
         size = PyTuple_GET_SIZE(value)
+        encoder.containers += 1
         encoder.tag32(c't', size)
         for i in range(size):
             if not encode_value(encoder, <object>PyTuple_GET_ITEM(value, i), depth + 1):
@@ -139,14 +142,18 @@ cdef object decode_value(Decoder decoder, int depth):
         return read_tensor(decoder)
     size = decoder.number()
     if tag == c's':
-        return PyUnicode_DecodeUTF8(decoder.take(size), size, NULL)
+        try:
+            return PyUnicode_DecodeUTF8(decoder.take(size), size, NULL)
+        except UnicodeDecodeError as error:
+            raise ProtocolError("a payload with text that is not UTF-8") from error
     if tag == c'b':
         return PyBytes_FromStringAndSize(decoder.take(size), size)
     if tag == c'R':
         if size >= len(decoder.references):
             raise ProtocolError(f"a payload names reference {size} of {len(decoder.references)}")
         return decoder.references[size]
-    if depth >= DEEPEST or size > <uint64_t>(decoder.end - decoder.at):
+    decoder.claimed += size  # each element takes a byte at least: all claims together fit in the payload
+    if depth >= DEEPEST or decoder.claimed > <uint64_t>(decoder.end - decoder.start):
         raise ProtocolError(f"a payload claims a container of {size} in {decoder.end - decoder.at} bytes")
     if tag == c't':
         row = PyTuple_New(size)
@@ -161,7 +168,10 @@ cdef object decode_value(Decoder decoder, int depth):
         pairs = {}
         for i in range(size):
             key = decode_value(decoder, depth + 1)
-            pairs[key] = decode_value(decoder, depth + 1)
+            try:
+                pairs[key] = decode_value(decoder, depth + 1)
+            except TypeError as error:
+                raise ProtocolError("a payload with a key that cannot be one") from error
         return pairs
     raise ProtocolError(f"a payload has tag {tag}, which is none")
 

@@ -33,7 +33,12 @@ cdef extern from *:
     };
     struct fr_dl_managed { struct fr_dl_tensor tensor; void *context; void (*deleter)(struct fr_dl_managed *); };
     /* Runs on any thread, with or without the interpreter lock. */
-    static void fr_dl_free(struct fr_dl_managed *managed) { free(managed); }
+    static void fr_dl_free(struct fr_dl_managed *managed)
+    {
+        if (managed->context) /* whoever is still making the tensor wants to know */
+            *(int *)managed->context = 1;
+        free(managed);
+    }
     """
     struct fr_dl_device:
         int32_t device_type
@@ -61,6 +66,8 @@ cdef enum:
     MOST_DIMENSIONS = 16
     SEGMENT_FROM = 2048     # smaller tensors are copied into the stream at once
     ROOM_FOR_HEADER = 512   # the managed structure and its shape lie before the data, in one allocation
+
+cdef uint64_t MOST_ELEMENTS = <uint64_t>1 << 48
 
 cdef struct TensorHeader:
     uint8_t code
@@ -119,7 +126,8 @@ cdef object read_tensor(Decoder decoder):
     """Make a tensor of its own memory from the next bytes."""
     cdef TensorHeader header
     cdef int64_t[MOST_DIMENSIONS] shape
-    cdef uint64_t elements = 1
+    cdef uint64_t elements = 1, span = 1
+    cdef int freed = 0
     cdef char* memory
     cdef fr_dl_managed* managed
     cdef const char* data
@@ -130,8 +138,9 @@ cdef object read_tensor(Decoder decoder):
         raise ProtocolError(f"a tensor of {header.ndim} dimensions and {header.bits} bits of kind {header.code}")
     memcpy(&shape[0], decoder.take(header.ndim * 8), header.ndim * 8)
     for i in range(header.ndim):
-        if shape[i] < 0 or (shape[i] and elements > (<uint64_t>1 << 48) // <uint64_t>shape[i]):
+        if shape[i] < 0 or (shape[i] and span > MOST_ELEMENTS // <uint64_t>shape[i]):
             raise ProtocolError(f"a tensor with a dimension of {shape[i]}")
+        span *= shape[i] if shape[i] else 1  # zeros apart: strides are made of the others all the same
         elements *= shape[i]
     if elements * (header.bits // 8) != header.size:
         raise ProtocolError(f"a tensor of {elements} elements of {header.bits} bits in {header.size} bytes")
@@ -149,7 +158,7 @@ cdef object read_tensor(Decoder decoder):
     managed.tensor.shape = sizes
     managed.tensor.strides = NULL
     managed.tensor.byte_offset = 0
-    managed.context = NULL
+    managed.context = &freed
     managed.deleter = fr_dl_free
     if header.size > 65536:
         with nogil:
@@ -157,7 +166,10 @@ cdef object read_tensor(Decoder decoder):
     else:
         memcpy(memory + ROOM_FOR_HEADER, data, header.size)
     try:
-        return from_dlpack(PyCapsule_New(managed, "dltensor", NULL))
-    except BaseException:
-        free(memory)
-        raise
+        tensor = from_dlpack(PyCapsule_New(managed, "dltensor", NULL))
+    except (BufferError, RuntimeError) as error:
+        if not freed:  # refused before the memory was taken over
+            free(memory)
+        raise ProtocolError(f"a tensor of {header.bits} bits of kind {header.code}: {error}") from error
+    managed.context = NULL
+    return tensor

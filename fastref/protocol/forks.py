@@ -10,7 +10,7 @@ Owner's half
     Requested                            registered                 Accept
     Requested                            deleted already            Accept; it stays deleted
     Deleted(forks, holder)               registered                 Clear, if last
-    Deleted                              unknown                    - (remembered: the request is still on its way)
+    Deleted                              unknown                    - (remembered, as every deleted fork is)
     HolderLost(holder)                   any of that holder's       Clear for each entry it was the last of
 
 User's half
@@ -30,7 +30,7 @@ from fastref.errors import ProtocolError
 __all__ = ["OwnerForks", "UserForks", "Mark", "Clear", "Accept", "Request", "ChildAccept", "Delete", "Lose"]
 
 Entry = tuple[int, int]  # index and generation in the owner's table
-TOMBSTONES = 65536  # deletes that came before their request; the oldest is forgotten beyond this
+TOMBSTONES = 65536  # forks that were deleted; the oldest is forgotten beyond this
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class OwnerForks:
         """A holder has let forks go."""
         held = self._forks.get(entry, {})
         for fork in forks:
-            if held.pop(fork, None) is None:
-                self._deleted[fork] = None
-                if len(self._deleted) > TOMBSTONES:
-                    self._deleted.popitem(last=False)
+            held.pop(fork, None)
+            self._deleted[fork] = None  # a request for it may still come, for the first time or again
+            if len(self._deleted) > TOMBSTONES:
+                self._deleted.popitem(last=False)
         return self._clear_if_empty(entry)
 
     def holder_lost(self, holder: int) -> list[Clear]:

@@ -119,11 +119,11 @@ class Removal:
         return {dead: set(case.awaited) for dead, case in self._cases.items() if case.known and not case.cleared}
 
     def _died(self, dead: int) -> list[Command]:
+        if dead == self.me:
+            raise ProtocolError("a worker cannot see its own death")
         case = self._cases.setdefault(dead, _Case())
         if case.known:
             return []
-        if dead == self.me:
-            raise ProtocolError("a worker cannot see its own death")
         case.known = True
         self.live.discard(dead)
         case.awaited = set(self.live)

@@ -51,6 +51,6 @@ cdef class Caller(Post):
     cdef RRef own_pending(self, fr_fork* fork)
     cdef object read_slot(self, Peer peer, int slot, uint64_t call)
     cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references)
-    cdef void blocked(self, bint yes) noexcept nogil
+    cdef void blocked(self, bint yes) noexcept
     cdef object read_published(self, RRef rref, Peer peer)
     cdef tuple credit(self, Peer peer, int64_t deadline_ns)

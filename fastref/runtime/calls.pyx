@@ -32,6 +32,8 @@ from fastref.codec.failures import decode_failure
 from fastref.errors import CallTimeout, NotInitialized, OwnerDied, PeerError, ProtocolError, RemoteError, UsageError
 from fastref.futures import Future
 
+__all__ = ["Caller", "Pending"]
+
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
 
@@ -114,7 +116,7 @@ cdef class Caller(Post):
         self.released = deque()
         self.next_expiry_ns = NEVER
 
-    cdef void blocked(self, bint yes) noexcept nogil:
+    cdef void blocked(self, bint yes) noexcept:
         """This thread is about to wait, or has waited: a serving thread counts as idle meanwhile."""
 
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
@@ -210,9 +212,14 @@ cdef class Caller(Post):
         return self.peer_of(to).info
 
     def close(self) -> None:
-        """Refuse further use; wake every thread that waits."""
+        """Refuse further use; wake every thread that waits, and fail what nobody will answer any more."""
+        cdef Pending pending
         self.closed = True
         self.slots.stop()
+        for item in list(self.pending.values()):
+            pending = <Pending>item
+            if self.pending.pop(pending.call, None) is not None:
+                pending.settle(None, NotInitialized("the runtime was shut down before the answer came"))
 
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
         """Run a function, or a method of ``target``, on the peer and return its result."""
@@ -265,7 +272,7 @@ cdef class Caller(Post):
                 if self.slots.give_up(slot, status == WAIT_PEER_DIED) == WAIT_DONE:
                     return 0
                 if status == WAIT_PEER_DIED:
-                    raise peer.died_error()
+                    raise peer.died_error(isinstance(what, str))  # a method or a fetch: of a value that is gone
                 if status == WAIT_STOPPED:
                     raise NotInitialized("the runtime was shut down before the answer came")
                 self.raise_timeout(peer, _name_of(what), timeout_s)
@@ -526,10 +533,10 @@ cdef class Caller(Post):
         if fr_load32_acquire(&d.state) == FR_VALUE_PENDING:
             with nogil:
                 fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
-        if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
-            return self.read_published(rref, peer)
         if fr_load32_acquire(&peer.died):
             raise peer.died_error(True)
+        if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
+            return self.read_published(rref, peer)
         if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
             self._creation_timed_out(peer)
         self.fetched_by_message += 1

@@ -17,6 +17,8 @@ from fastref.codec.pickling import dumps, loads
 from fastref.errors import CallTimeout, PeerError, ProtocolError, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
+__all__ = ["Post"]
+
 cdef extern from *:
     """
     static __thread struct fr_thread fr_this_thread;

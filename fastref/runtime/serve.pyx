@@ -31,6 +31,8 @@ from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
 from fastref.errors import PeerError, ProtocolError, ReferenceLost, ResourceError
 
+__all__ = ["Job", "Server"]
+
 fr_failpoints_here = failpoints()
 
 logger = logging.getLogger("fastref")
@@ -73,7 +75,12 @@ cdef class Server(Caller):
         self.parked += 1  # counted from here on, so that the starter need not wait for it
         thread = threading.Thread(target=self._serve, name=f"fastref-serve-{self.threads}", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads: go on with those there are
+            self.threads -= 1
+            self.parked -= 1
+            logger.exception("cannot start a serving thread; %d are there", self.threads)
 
     def thread_objects(self) -> list:
         """The serving threads."""
@@ -147,7 +154,7 @@ cdef class Server(Caller):
         with nogil:
             fr_serve_stop(&self.serving)
 
-    cdef void blocked(self, bint yes) noexcept nogil:
+    cdef void blocked(self, bint yes) noexcept:
         cdef fr_thread* me = this_thread()
         if not me.running:
             return
@@ -155,14 +162,12 @@ cdef class Server(Caller):
             self.running -= 1
             if me.away:
                 fr_serve_block(&self.serving)
-            with gil:
-                self.count_queue()
+            self.count_queue()
         else:
             self.running += 1
             if me.away:
                 fr_serve_unblock(&self.serving)
-            with gil:
-                self.count_queue()
+            self.count_queue()
 
     cdef void count_queue(self) noexcept:
         """Publish how many queued calls may run now, and wake somebody for them."""

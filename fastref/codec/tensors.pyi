@@ -1,0 +1,1 @@
+"""Types of the compiled ``fastref.codec.tensors``, which has no names for Python."""
