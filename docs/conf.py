@@ -16,6 +16,7 @@ myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
+napoleon_custom_sections = ["Source"]
 
 html_theme = "alabaster"
 html_theme_options = {"description": "Remote references between the processes of one host", "page_width": "1080px"}

@@ -30,4 +30,5 @@ def snapshot() -> dict[str, Any]:
     if runtime is None:
         raise NotInitialized("there is nothing to look at before init_rpc")
     runtime.check_process()
-    return runtime.snapshot()
+    figures: dict[str, Any] = runtime.snapshot()
+    return figures

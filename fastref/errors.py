@@ -120,7 +120,7 @@ class RemoteError(FastrefError):
         return str(self.args[0]) if self.args else ""
 
 
-def _rebuild_peer_error(kind: type, message: str, state: dict) -> PeerError:
+def _rebuild_peer_error(kind: type[PeerError], message: str, state: dict) -> PeerError:
     error = kind.__new__(kind, message)
     error.args = (message,)
     error.__dict__.update(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +13,7 @@ __all__ = ["Future"]
 T = TypeVar("T")
 
 
-class Future(torch.futures.Future, Generic[T]):
+class Future(torch.futures.Future[T]):
     """A ``torch.futures.Future`` that Ctrl-C can interrupt and asyncio can await.
 
     ``torch.futures.wait_all`` and ``collect_all`` take it like any other.
@@ -43,8 +43,12 @@ class Future(torch.futures.Future, Generic[T]):
             loop = asyncio.get_running_loop()
             arrived = loop.create_future()
 
+            def settle() -> None:
+                if not arrived.done():  # cancelled meanwhile
+                    arrived.set_result(None)
+
             def tell(_: Any) -> None:
-                loop.call_soon_threadsafe(lambda: arrived.done() or arrived.set_result(None))
+                loop.call_soon_threadsafe(settle)
 
             self.add_done_callback(tell)
             yield from arrived

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 from fastref.errors import UsageError
 from fastref.options import INIT_METHOD_VARIABLE
@@ -44,7 +44,7 @@ def spawn(fn: Callable[..., Any], nprocs: int = 1, args: Sequence[Any] = (), sta
     if start_method not in ("spawn", "forkserver"):
         raise UsageError(f"start_method is 'spawn' or 'forkserver', got {start_method!r}")
     job = f"local://spawn-{os.getpid()}-{secrets.token_hex(4)}"
-    multiprocessing.start_processes(_enter, (fn, nprocs, job, tuple(args)), nprocs, start_method=start_method)
+    start_processes(_enter, (fn, nprocs, job, tuple(args)), nprocs, start_method=start_method)
 
 
 def _enter(rank: int, fn: Callable[..., Any], nprocs: int, job: str, args: tuple) -> None:

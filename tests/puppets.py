@@ -199,6 +199,11 @@ def kept(label: str) -> Any:
     return _kept[label]
 
 
+def use_kept(label: str) -> Any:
+    """Return what ``get`` of the kept reference's value returns."""
+    return _kept[label].rpc_sync().get()
+
+
 def drop(label: str) -> None:
     """Forget what is kept under a label."""
     del _kept[label]

@@ -65,7 +65,11 @@ def test_worker_infos_tell_name_and_rank() -> None:
 
 @in_job
 def test_arguments_arrive_by_position_and_by_name() -> None:
-    for how in (rpc.rpc_sync, lambda *a, **k: rpc.rpc_async(*a, **k).wait(), lambda *a, **k: rpc.remote(*a, **k).to_here()):
+    for how in (
+        rpc.rpc_sync,
+        lambda *a, **k: rpc.rpc_async(*a, **k).wait(),
+        lambda *a, **k: rpc.remote(*a, **k).to_here(),
+    ):
         assert how("w1", work.gather) == ((), {})
         assert how("w1", work.gather, (1, 2)) == ((1, 2), {})
         assert how("w1", work.gather, [1, 2], {"a": 3}) == ((1, 2), {"a": 3})
@@ -176,10 +180,36 @@ VALUES = [
     *(None, True, False, 0, 1, -1, 2**31, -(2**63), 2**63 - 1, 2**63, -(2**63) - 1, 2**200, 0.0, -0.0, 1e308, math.inf),
     *(1j, "", "a", "h\u00e9llo \N{SNOWMAN} \U0001f600", "\x00", "\ud800", "C:\\Users\\n", "x" * 100_000),
     *(b"", b"\x00\xff", b"x" * 223, b"x" * 224, b"x" * 225, b"x" * 4095, b"x" * 4097, b"x" * 65537, b"x" * 3_000_001),
-    *((), (1,), ((),), ("a", (1, (2.5, None))), [], [[]], [1, "a", None, [2]], {}, {"a": {"b": [1]}}, {1: 2, None: (3,)}),
+    *(
+        (),
+        (1,),
+        ((),),
+        ("a", (1, (2.5, None))),
+        [],
+        [[]],
+        [1, "a", None, [2]],
+        {},
+        {"a": {"b": [1]}},
+        {1: 2, None: (3,)},
+    ),
     *(set(), {1, 2}, frozenset("ab"), bytearray(b"ab"), range(3), slice(1, 2), Ellipsis, NotImplemented, int, len),
-    *(Colour.RED, Colour, Text("a"), Numbers([1]), Point(1.5), Point(1, [Point(2)]), Pair(1, "a"), work.add, work.Counter),
-    *(collections.OrderedDict(b=1, a=2), collections.Counter("aab"), collections.deque([1], maxlen=2), decimal.Decimal("1.10")),
+    *(
+        Colour.RED,
+        Colour,
+        Text("a"),
+        Numbers([1]),
+        Point(1.5),
+        Point(1, [Point(2)]),
+        Pair(1, "a"),
+        work.add,
+        work.Counter,
+    ),
+    *(
+        collections.OrderedDict(b=1, a=2),
+        collections.Counter("aab"),
+        collections.deque([1], maxlen=2),
+        decimal.Decimal("1.10"),
+    ),
     *(datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC), fractions.Fraction(1, 3), torch.float32, torch.Size([1, 2])),
     *(list(range(10_000)), {str(i): i for i in range(1000)}, ("x" * 300,) * 300),
 ]
@@ -189,7 +219,10 @@ VALUES = [
 def test_every_value_comes_back_equal_and_of_its_type() -> None:
     for to in ("w1", "w0"):
         for value in VALUES:
-            for answer in (rpc.rpc_sync(to, work.echo, args=(value,)), rpc.remote(to, work.echo, args=(value,)).to_here()):
+            for answer in (
+                rpc.rpc_sync(to, work.echo, args=(value,)),
+                rpc.remote(to, work.echo, args=(value,)).to_here(),
+            ):
                 assert answer == value, repr(value)[:80]
                 assert type(answer) is type(value)
             assert list(map(type, rpc.rpc_sync(to, work.gather, args=(value, [value]))[0])) == [type(value), list]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import pickle
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import cloudpickle
 
@@ -39,11 +40,11 @@ def decode_failure(data: bytes) -> BaseException:
     return raised_again(original, text, remote_traceback)
 
 
-def raised_again(original: BaseException | None, text: str, remote_traceback: str) -> BaseException:
+def raised_again(original: BaseException | None, text: str, remote_traceback: str) -> RemoteError:
     """Make the exception that a caller sees from what the callee raised."""
-    kind: type = RemoteError
+    kind = RemoteError
     if isinstance(original, Exception):  # SystemExit and its like must not end the caller too
-        kind = _both(type(original))
+        kind = _both(type(original))  # type: ignore[arg-type]  # every class is hashable
     try:
         error = kind.__new__(kind, text)
         error.args = (text,)
@@ -57,14 +58,14 @@ def raised_again(original: BaseException | None, text: str, remote_traceback: st
 
 
 @functools.lru_cache(maxsize=256)
-def _both(original: type) -> type:
+def _both(original: type[BaseException]) -> type[RemoteError]:
     if issubclass(original, RemoteError):
         return original
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__str__": RemoteError.__str__}
     names["__init__"] = RemoteError.__init__
     names["__reduce__"] = _reduce
     try:
-        return type(original.__name__, (RemoteError, original), names)
+        return cast(type[RemoteError], type(original.__name__, (RemoteError, original), names))
     except TypeError:  # a layout or metaclass that does not mix
         return RemoteError
 
@@ -88,7 +89,7 @@ def _traceback(error: BaseException) -> str:
     return _safely(lambda e: "".join(traceback.format_exception(type(e), e, e.__traceback__)), error)
 
 
-def _safely(show: Any, error: BaseException) -> str:
+def _safely(show: Callable[[BaseException], str], error: BaseException) -> str:
     try:
         return show(error)
     except Exception as trouble:

@@ -98,7 +98,7 @@ class _Pickler(_Reducing, pickle.Pickler):
         return self.reduced(value)
 
 
-class _CloudPickler(_Reducing, cloudpickle.Pickler):
+class _CloudPickler(_Reducing, cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
     def reducer_override(self, value: Any) -> Any:
         reduced = self.reduced(value)
         return super().reducer_override(value) if reduced is NotImplemented else reduced
@@ -124,12 +124,14 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_cpu:
         return NotImplemented  # torch's own way
     whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    memory = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else b""
+    memory: Any = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else b""
     kind = torch.nn.Parameter if type(tensor) is torch.nn.Parameter else None
     return _rebuild_tensor, (pickle.PickleBuffer(memory), whole.dtype, tuple(whole.shape), tensor.requires_grad, kind)
 
 
-def _rebuild_tensor(memory: Any, dtype: torch.dtype, shape: tuple, requires_grad: bool, kind: type | None) -> torch.Tensor:
+def _rebuild_tensor(
+    memory: Any, dtype: torch.dtype, shape: tuple, requires_grad: bool, kind: type[torch.nn.Parameter] | None
+) -> torch.Tensor:
     if len(memory):
         tensor = torch.frombuffer(memory, dtype=dtype).reshape(shape)
     else:

@@ -66,6 +66,7 @@ class Connection:
         self.socket = sock
         self.pid = pid
         self.pidfd = pidfd
+        self._made_by = os.getpid()
 
     def fileno(self) -> int:
         """Return the descriptor of the socket, -1 when closed."""
@@ -194,7 +195,10 @@ class Connection:
         return bool(poller.poll(0))
 
     def close(self) -> None:
-        """Close both descriptors; idempotent. The peer sees the end, unless a child holds the socket."""
+        """Close both descriptors; idempotent. The peer sees the end, even if a forked child has the socket too."""
+        if os.getpid() == self._made_by:  # in a child it would end the parent's connection
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:

@@ -29,7 +29,7 @@ from sys import modules as _modules
 
 from fastref.codec import mainmodule
 from fastref.codec.failures import decode_failure
-from fastref.errors import CallTimeout, NotInitialized, OwnerDied, PeerError, ProtocolError, RemoteError, UsageError
+from fastref.errors import CallTimeout, NotInitialized, OwnerDied, PeerError, ProtocolError, RemoteError, UsageError, WorkerDied
 from fastref.futures import Future
 
 __all__ = ["Caller", "Pending"]
@@ -100,6 +100,7 @@ cdef class Pending:
                         fr_futex_wait(&self.settled, 0, slice_ns)
                     fr_add32(&self.sleepers, <uint32_t>-1)
                 PyErr_CheckSignals()
+                self.caller.check()
                 if self.caller.closed:
                     self.settle(None, NotInitialized("the runtime was shut down before the answer came"))
         finally:
@@ -264,6 +265,7 @@ cdef class Caller(Post):
                 if status == WAIT_DONE:
                     return 0
                 PyErr_CheckSignals()
+                self.check()
                 if status == WAIT_INTERRUPTED:
                     if not deadline_ns or fr_now_ns() < deadline_ns:
                         continue
@@ -364,7 +366,7 @@ cdef class Caller(Post):
         for item in list(self.pending.values()):
             pending = <Pending>item
             if pending.peer.rank == rank and self.pending.pop(pending.call, None) is not None:
-                pending.settle(None, pending.peer.died_error())
+                pending.settle(None, pending.peer.died_error(isinstance(pending.what, str)))
 
     @property
     def calls_pending(self) -> int:
@@ -385,13 +387,13 @@ cdef class Caller(Post):
             self.post(peer, &head, body, pending.deadline_ns)
         except PeerError as error:
             self.pending.pop(pending.call, None)
-            pending.settle(None, error)
+            pending.settle(None, peer.died_error(True) if target is not None and type(error) is WorkerDied else error)
         except BaseException:
             self.pending.pop(pending.call, None)
             raise
         self.encoder_done(body)
         if pending.peer.is_dead and self.pending.pop(pending.call, None) is not None:
-            pending.settle(None, peer.died_error())  # it died after the sweep over pending calls
+            pending.settle(None, peer.died_error(target is not None))  # it died after the sweep over pending calls
         return future
 
     # ---- remote
@@ -405,7 +407,7 @@ cdef class Caller(Post):
         cdef int64_t deadline_ns = self.deadline(timeout_s)
         cdef uint64_t rref_id, fork_id
         if fr_load32_acquire(&peer.died):
-            raise peer.died_error()
+            raise peer.died_error(target is not None)
         rref_id = self.ids.next()
         fork_id = self.ids.next()
         memset(&fork, 0, sizeof(fr_fork))
@@ -576,6 +578,8 @@ cdef class Caller(Post):
         cdef Peer peer = <Peer>self.peers[rref.fork.owner if rref.holder is not None else self.rank]
         if rref.creation is not None:
             raise rref.creation
+        if fr_load32_acquire(&peer.died) and how == HOW_SYNC:
+            raise peer.died_error(True)
         if how == HOW_SYNC:
             return self.call(peer, None, rref, method, args, kwargs, timeout_s)
         if how == HOW_ASYNC:

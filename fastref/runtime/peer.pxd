@@ -31,6 +31,8 @@ cdef class Peer:
     cdef public uint32_t credits_open   # entries of ours that are open for its remote() calls
     cdef public uint32_t credit_window
     cdef public dict children           # fork -> (holder, index): pinned until the child is accepted
+    cdef readonly object outgoing       # (record, pins, block): frames that wait for room in the ring
+    cdef bint flushing
     cdef object loans                   # (position, offset): blocks that frames to it point to
     cdef list slot_loans                # (slot, call, offset): blocks that answers in its slots point to
     cdef public object lock

@@ -40,7 +40,7 @@ cdef class Peer:
         self.channel, self.slots, self.holder, self.arena = channel, slots, holder, arena
         self.pins = PinQueue()
         self.numbers, self.callables, self.children = {}, {}, {}
-        self.credits, self.slot_loans, self.loans = [], [], deque()
+        self.credits, self.slot_loans, self.loans, self.outgoing = [], [], deque(), deque()
         self.lock = Condition()
         self.credit_window = 32
 
@@ -107,6 +107,6 @@ cdef class Peer:
 
     def snapshot(self) -> dict:
         """Plain figures."""
-        return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, pins=len(self.pins), children=len(self.children),
+        return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, outgoing=len(self.outgoing), pins=len(self.pins), children=len(self.children),
                     loans=len(self.loans) + len(self.slot_loans), credits=len(self.credits), credits_open=self.credits_open,
                     callables=len(self.callables), entries_held=self.holder.entries_held)

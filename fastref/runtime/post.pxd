@@ -58,6 +58,9 @@ cdef class Post(Wiring):
     cdef int64_t deadline(self, double timeout_s) noexcept
     cdef Peer peer_of(self, object to)
     cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1
+    cdef int _sent(self, Peer peer, int64_t position, list pinned, int64_t lent) except -1
+    cdef bint flush(self, Peer peer) except -1
+    cdef object _cannot_send(self, Peer peer, int64_t why, uint64_t size)
     cdef int64_t _lend(self, Peer peer, uint64_t size) except -2
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1

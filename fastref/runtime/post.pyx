@@ -11,7 +11,8 @@ from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport FLAG_BLOCK, FLAG_PICKLED, PYTHON_RET, RREF_FETCH_CALL, fr_block, fr_frame
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_PICKLED, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block,
+                                 fr_frame)
 
 from fastref.codec.pickling import dumps, loads
 from fastref.errors import CallTimeout, PeerError, ProtocolError, ResourceError, UsageError
@@ -117,9 +118,16 @@ cdef class Post(Wiring):
         return <Peer>found
 
     cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1:
-        """Send one frame: ``head`` with the references and payload of ``body``. Returns the frame's position.
+        """Send one frame: ``head`` with the references and payload of ``body``.
 
-        Every reference is pinned before the frame is visible; all is undone when it cannot be sent.
+        Every reference is pinned before the frame is visible; all is undone when it cannot be sent. When the ring is
+        full a call waits for room; an answer or a bookkeeping frame never does, it is kept and sent in its turn, for the
+        thread that sends it may be the one that drains. What is kept so is bounded by the calls that the peer has sent.
+
+        Returns
+        -------
+        int
+            The frame's position, 0 when it was kept.
         """
         cdef char stack[HEAD_ROOM]
         cdef char* start = stack
@@ -162,29 +170,80 @@ cdef class Post(Wiring):
             memcpy(start, head, sizeof(fr_frame))
             if forks is not None:
                 memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
-            position = peer.channel.try_send(start, head_size, payload, size)
-            if position <= 0:
+            position = SENT_FULL
+            if not peer.outgoing or self.flush(peer):
+                position = peer.channel.try_send(start, head_size, payload, size)
+            if position <= 0 and _may_wait(head.kind):
                 position = self._wait_for_room(peer, start, head_size, payload, size, deadline_ns)
+            elif position < 0:
+                self._cannot_send(peer, position, head_size + size)
+            elif not position:
+                peer.outgoing.append((start[:head_size] + (payload[:size] if size else b""), pinned, lent))
         except BaseException:
             if pinned is not None:
                 self._unpin(peer, pinned)
             if lent >= 0:
                 self.arena.give_back(lent)
             raise
-        if head.kind <= RREF_FETCH_CALL and head.kind != PYTHON_RET:
+        if _may_wait(head.kind):
             self.calls_sent += 1
-        if lent >= 0:
-            peer.loans.append((position, lent))
-        if pinned is not None:
-            for holder, index, child in pinned:
-                if child is None:
-                    peer.pins.push(position, <Holder>holder, index)
+        if position:
+            self._sent(peer, position, pinned, lent)
         if forks is not None:
             self.encoder_done(forks)
         if whole is not None:
             self.encoder_done(whole)
         peer.release(self.arena)
         return position
+
+    cdef int _sent(self, Peer peer, int64_t position, list pinned, int64_t lent) except -1:
+        """A frame is visible: its pins and its block are let go of when the peer has passed it."""
+        if lent >= 0:
+            peer.loans.append((position, lent))
+        if pinned is not None:
+            for holder, index, child in pinned:
+                if child is None:
+                    peer.pins.push(position, <Holder>holder, index)
+        return 0
+
+    cdef bint flush(self, Peer peer) except -1:
+        """Send what waits for room, in order; True when nothing is left."""
+        cdef int64_t position
+        if peer.flushing:
+            return False
+        peer.flushing = True
+        try:
+            while peer.outgoing:
+                record, pinned, lent = peer.outgoing[0]
+                position = peer.channel.try_send(<const char*>(<bytes>record), len(record), NULL, 0)
+                if position <= 0:
+                    break
+                peer.outgoing.popleft()
+                self._sent(peer, position, pinned, lent)
+        finally:
+            peer.flushing = False
+        return not peer.outgoing
+
+    def flush_all(self) -> None:
+        """Send what waits for room, to all peers."""
+        for peer in self.peers:
+            if peer is not None and (<Peer>peer).outgoing:
+                self.flush(<Peer>peer)
+
+    def drop_outgoing(self, peer) -> None:
+        """Undo what was still to be sent to a peer that has died."""
+        while (<Peer>peer).outgoing:
+            _, pinned, lent = (<Peer>peer).outgoing.popleft()
+            if pinned is not None:
+                self._unpin(peer, pinned)
+            if lent >= 0:
+                self.arena.give_back(lent)
+
+    cdef object _cannot_send(self, Peer peer, int64_t why, uint64_t size):
+        if why == SENT_TOO_LARGE:
+            raise ResourceError(f"a frame of {size} bytes to {peer.info.name!r} does not fit in a ring that carries at most "
+                                f"{peer.channel.largest}")
+        raise peer.died_error()
 
     cdef int64_t _lend(self, Peer peer, uint64_t size) except -2:
         """A block for a payload, or -1 when the arena is full and the payload can go through the ring."""
@@ -255,18 +314,18 @@ cdef class Post(Wiring):
         cdef timespec pause
         cdef int64_t nap_ns = 20000
         while True:
-            position = peer.channel.try_send(head, head_size, body, body_size)
+            position = SENT_FULL
+            if not peer.outgoing or self.flush(peer):
+                position = peer.channel.try_send(head, head_size, body, body_size)
             if position > 0:
                 return position
-            if position == SENT_TOO_LARGE:
-                raise ResourceError(f"a frame of {head_size + body_size} bytes to {peer.info.name!r} does not fit in a ring "
-                                    f"that carries at most {peer.channel.largest}")
-            if fr_load32_acquire(&peer.died) or position == SENT_CLOSED:
-                raise peer.died_error()
+            if position < 0 or fr_load32_acquire(&peer.died):
+                self._cannot_send(peer, position, head_size + body_size)
             if deadline_ns and fr_now_ns() > deadline_ns:
                 raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout and will now be marked with an error: "
                                   f"worker {peer.info.name!r} has not read its ring", peer.info.name)
             PyErr_CheckSignals()
+            self.check()
             self.drain_while_waiting()
             pause.tv_sec, pause.tv_nsec = 0, nap_ns
             with nogil:
@@ -359,6 +418,10 @@ cdef class Post(Wiring):
         shown = self.default_timeout_s if timeout_s == UNSET_RPC_TIMEOUT else timeout_s
         raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout ({round(shown * 1000)} ms) and will now be marked with "
                           f"an error: {what} on worker {peer.info.name!r}", peer.info.name)
+
+
+cdef bint _may_wait(unsigned kind) noexcept:
+    return kind == PYTHON_CALL or kind == PYTHON_REMOTE_CALL or kind == RREF_FETCH_CALL
 
 
 cdef object _number(Decoder decoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from typing import Any
@@ -25,6 +26,9 @@ LARGEST_WINDOW = 1024  # more than requests that fit in a ring, so credits are n
 
 class RuleKeeper(Server):
     """A runtime's bookkeeping. Rules decide under one lock; commands are performed after it is released."""
+
+    bits: int  # ranks below this have a bit in this worker's table
+    main_digest: str  # of the ``__main__`` that this worker runs; empty: none that a peer could share
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -201,7 +205,7 @@ class RuleKeeper(Server):
         with self._rules:
             commands = self._user_forks.received(owner, (index, generation), fork, parent)
         for command in commands:  # not now: a record of the inbox is being looked at
-            self.do_later(lambda command=command: self._perform_user(command))
+            self.do_later(functools.partial(self._perform_user, command))
 
     def _fork_requested(self, peer: Peer, call: int, value: Any) -> None:
         index, generation, fork = value
@@ -276,6 +280,7 @@ class RuleKeeper(Server):
         self.slots.wake_waiting()
         for holder, index in children.values():
             holder.release(index)
+        self.drop_outgoing(peer)
         peer.free(self.arena)
         self.do_later(lambda: self.fail_pending(rank))
         with self._rules:
@@ -342,6 +347,7 @@ class RuleKeeper(Server):
 
     def on_tick(self, now_s: float) -> None:
         """What has to happen every 100 ms at the latest."""
+        self.flush_all()
         for peer in self.peers:
             if peer is not None:
                 peer.free(self.arena)

@@ -6,6 +6,7 @@ program while it holds the token: not a function, not an unpickling, not a callb
 
 from collections import deque
 import logging
+import os
 import threading
 import weakref
 
@@ -191,6 +192,8 @@ cdef class Server(Caller):
                 job = self.drain(True)
             if self.table.needs_sweep():
                 self.sweep()
+            if job is None:
+                self.flush_all()
             if self.watched and job is None:
                 self._look_at_the_dead()
             if job is None and not self.completions and not self.errands:
@@ -415,6 +418,8 @@ cdef class Server(Caller):
                 FR_FAILPOINT("call.running")
                 try:
                     body = self.execute(job, &flags)
+                    if self.fork_count != forks_so_far():
+                        os._exit(0)  # a child that the function forked has come back here: it must touch nothing of ours
                 finally:
                     me.running -= 1
                     self.running -= 1

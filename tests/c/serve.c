@@ -1,0 +1,219 @@
+/* Leader and followers, asleep without slices: every message is handled, in order, though handlers sleep and block.
+ *
+ * The threads here do what a runtime's serving threads do. A message may make its handler sleep, or block until a later
+ * message of the same sender has been handled: that hangs unless progress is independent of handlers. */
+#include "harness.h"
+
+#include "fr_ring.h"
+#include "fr_serve.h"
+
+#define PRODUCERS 3
+#define BASE_THREADS 2
+#define MOST_THREADS 64
+#define SIZE 1024u
+
+enum { QUICK, SLEEPS, BLOCKS, RELEASES, KINDS };
+
+struct message {
+    uint64_t number;
+    uint32_t kind, source;
+};
+
+struct source {
+    struct fr_producer producer;
+    struct fr_consumer consumer;
+    uint64_t sent;
+    uint64_t drained;   /* by whoever has the token */
+    uint32_t released;  /* futex word: handlers of RELEASES so far */
+    uint32_t blocked;   /* handlers of BLOCKS so far; only the drainer counts */
+};
+
+static struct fr_serving serving;
+static struct source sources[PRODUCERS];
+static pthread_t threads[MOST_THREADS];
+static uint32_t thread_count, parked;
+static uint64_t pending[FR_READY_WORDS]; /* with the token */
+static uint64_t handled, steps_in, kinds[KINDS];
+static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void *serve(void *unused);
+
+static void start_thread(void)
+{
+    pthread_mutex_lock(&start_lock);
+    CHECK(thread_count < MOST_THREADS);
+    fr_add32(&parked, 1);
+    threads[thread_count] = run(serve, NULL);
+    thread_count++;
+    pthread_mutex_unlock(&start_lock);
+}
+
+/* The next message and, for one that blocks, which release it waits for. With the token. */
+static int next(struct message *message, uint32_t *awaited)
+{
+    for (unsigned word = 0; word < FR_READY_WORDS; word++)
+        pending[word] |= fr_bell_take(serving.bell, word);
+    for (unsigned i = 0; i < PRODUCERS; i++) {
+        struct source *s = &sources[i];
+        const char *payload;
+        uint64_t size;
+        if (!(pending[0] >> i & 1))
+            continue;
+        int found = fr_ring_peek(&s->consumer, &payload, &size);
+        CHECK(found != FR_RING_BROKEN);
+        if (found == FR_RING_EMPTY) {
+            pending[0] &= ~((uint64_t)1 << i);
+            continue;
+        }
+        CHECK(size == sizeof *message);
+        memcpy(message, payload, sizeof *message);
+        fr_ring_pop(&s->consumer);
+        CHECK(message->source == i && message->number == ++s->drained);
+        if (message->kind == BLOCKS)
+            *awaited = ++s->blocked;
+        return 1;
+    }
+    return 0;
+}
+
+static void put_back(void)
+{
+    for (unsigned word = 0; word < FR_READY_WORDS; word++)
+        if (pending[word]) {
+            fr_or(&serving.bell->ready[word], pending[word]);
+            pending[word] = 0;
+        }
+}
+
+static void handle(const struct message *message, uint32_t awaited, uint64_t *state)
+{
+    struct source *s = &sources[message->source];
+    switch (message->kind) {
+    case SLEEPS:
+        pause_us(200 + random_below(state, 800)); /* longer than a follower watches */
+        break;
+    case BLOCKS:
+        fr_serve_block(&serving);
+        for (uint32_t now; (int32_t)((now = fr_load32_acquire(&s->released)) - awaited) < 0;)
+            fr_futex_wait(&s->released, now, -1);
+        fr_serve_unblock(&serving);
+        break;
+    case RELEASES:
+        fr_add32(&s->released, 1);
+        fr_futex_wake(&s->released, 0x7fffffff);
+        break;
+    default:
+        for (uint64_t i = random_below(state, 200); i; i--)
+            fr_pause();
+    }
+    fr_add_relaxed(&kinds[message->kind], 1);
+    fr_add(&handled, 1);
+}
+
+/* Drain and handle until nothing is left (1) or another thread has the token (0). */
+static int lead(uint64_t *state)
+{
+    struct message message;
+    uint32_t awaited = 0;
+    while (next(&message, &awaited)) {
+        put_back();
+        if (!fr_load32_acquire(&parked))
+            start_thread(); /* somebody must be left to drain */
+        fr_serve_pass_token(&serving);
+        handle(&message, awaited, state);
+        if (!fr_serve_retake_token(&serving))
+            return 0;
+    }
+    return 1;
+}
+
+static void *serve(void *unused)
+{
+    uint64_t state = random_seed(1000 + fr_add(&steps_in, 1));
+    (void)unused;
+    while (!fr_load32_acquire(&serving.stopping)) {
+        if (!fr_serve_follow(&serving, -1))
+            continue;
+        fr_add_relaxed(&steps_in, 1);
+        fr_add32(&parked, (uint32_t)-1);
+        int leading;
+        while ((leading = lead(&state)) && !fr_load32_acquire(&serving.stopping))
+            fr_serve_wait_leader(&serving, -1);
+        if (leading)
+            fr_store32_release(&serving.token, 0);
+        fr_add32(&parked, 1);
+    }
+    return NULL;
+}
+
+static void send(struct source *s, uint32_t kind)
+{
+    struct message message = {++s->sent, kind, (uint32_t)(s - sources)};
+    char *room;
+    while (!(room = fr_ring_reserve(&s->producer, sizeof message)))
+        sched_yield();
+    memcpy(room, &message, sizeof message);
+    fr_ring_commit(&s->producer, sizeof message);
+    fr_bell_ring(serving.bell, message.source);
+}
+
+static void *produce(void *argument)
+{
+    struct source *s = argument;
+    uint64_t state = random_seed((uint64_t)(s - sources));
+    while (!over()) {
+        switch (random_below(&state, 40)) {
+        case 0: send(s, SLEEPS); break;
+        case 1:
+            send(s, BLOCKS);
+            if (random_below(&state, 2))
+                pause_us(random_below(&state, 500));
+            send(s, RELEASES);
+            break;
+        default: send(s, QUICK);
+        }
+        switch (random_below(&state, 4)) {
+        case 0:
+            /* Now and then long enough for every thread to reach its deepest sleep. */
+            pause_us(random_below(&state, 50) ? random_below(&state, 150) : 5000 + random_below(&state, 5000));
+            break;
+        case 1: sched_yield(); break;
+        default:
+            for (uint64_t i = random_below(&state, 400); i; i--)
+                fr_pause();
+        }
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    pthread_t producers[PRODUCERS];
+    uint64_t sent = 0;
+    begin(argc, argv);
+    serving.bell = guarded(sizeof *serving.bell);
+    for (int i = 0; i < PRODUCERS; i++) {
+        void *memory = guarded(FR_RING_DATA_OFFSET + SIZE);
+        fr_producer_open(&sources[i].producer, memory, SIZE);
+        fr_consumer_open(&sources[i].consumer, memory, SIZE);
+    }
+    for (int i = 0; i < BASE_THREADS; i++)
+        start_thread();
+    for (int i = 0; i < PRODUCERS; i++)
+        producers[i] = run(produce, &sources[i]);
+    for (int i = 0; i < PRODUCERS; i++) {
+        join(producers[i]);
+        sent += sources[i].sent;
+    }
+    while (fr_load_acquire(&handled) != sent) /* nobody rings any more: the last message too must have woken somebody */
+        pause_us(200);
+    fr_serve_stop(&serving);
+    for (uint32_t i = 0; i < thread_count; i++)
+        join(threads[i]);
+    CHECK(handled == sent && serving.token == 0 && serving.away == 0);
+    for (int kind = 0; kind < KINDS; kind++)
+        CHECK(kinds[kind] > 0); /* else nothing has been tried */
+    printf("serve: %lu messages, %lu blocked, %u threads, %lu times another led, slept %lu, spun %lu\n", handled, kinds[BLOCKS],
+           thread_count, steps_in, serving.waiting.slept, serving.waiting.spun);
+    return 0;
+}
