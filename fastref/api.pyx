@@ -11,6 +11,7 @@ from fastref.rref cimport HOW_ASYNC, HOW_REMOTE, HOW_SYNC
 from fastref.runtime.calls cimport Caller
 
 from fastref.errors import NotInitialized, UsageError
+from fastref.futures import Future
 from fastref.options import RpcBackendOptions, WorkerInfo
 from fastref.rref import RRef, current_wiring, set_current_wiring
 from fastref.runtime.runtime import Runtime
@@ -73,6 +74,10 @@ def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | N
         RPC is already initialized, or an argument is none that could work.
     RendezvousError
         The workers could not agree, or not all came in time.
+
+    Source
+    ------
+    ``torch.distributed.rpc.init_rpc``. Different on purpose: it returns a context manager.
     """
     global _joined
     options = RpcBackendOptions() if rpc_backend_options is None else rpc_backend_options
@@ -104,6 +109,11 @@ def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:
     ------
     CallTimeout
         The others did not call it in time. This worker has left all the same.
+
+    Source
+    ------
+    ``torch.distributed.rpc.shutdown``. Different on purpose: ``timeout`` covers all of it, dead workers are not waited
+    for, and a second call does nothing.
     """
     runtime = current_wiring()
     if runtime is None:
@@ -164,13 +174,22 @@ def rpc_sync(to: str | int | WorkerInfo, func: Callable[..., Any], args: Sequenc
         It took longer than ``timeout``. The function may still run.
     WorkerDied
         The worker ended before it answered.
+
+    Source
+    ------
+    ``torch.distributed.rpc.rpc_sync``.
     """
     return _caller().rpc(HOW_SYNC, to, func, args, kwargs, timeout)
 
 
 def rpc_async(to: str | int | WorkerInfo, func: Callable[..., Any], args: Sequence[Any] | None = None,
-              kwargs: Mapping[str, Any] | None = None, timeout: float = -1.0) -> Any:
-    """As ``rpc_sync``, but return a ``Future`` of the result at once."""
+              kwargs: Mapping[str, Any] | None = None, timeout: float = -1.0) -> Future:
+    """As ``rpc_sync``, but return a ``Future`` of the result at once; it raises what ``rpc_sync`` would.
+
+    Source
+    ------
+    ``torch.distributed.rpc.rpc_async``.
+    """
     return _caller().rpc(HOW_ASYNC, to, func, args, kwargs, timeout)
 
 
@@ -180,5 +199,9 @@ def remote(to: str | int | WorkerInfo, func: Callable[..., Any], args: Sequence[
 
     What ``func`` raises is raised by ``to_here`` and by methods called through the reference. A timeout given here
     covers the value; the default one covers only the way to the worker, so a slow constructor may take its time.
+
+    Source
+    ------
+    ``torch.distributed.rpc.remote``. Different on purpose: there the default timeout covers the value too.
     """
     return _caller().rpc(HOW_REMOTE, to, func, args, kwargs, timeout)

@@ -63,9 +63,9 @@ class RpcBackendOptions:
     ----------
     rpc_timeout : float
         Seconds that a call may take by default; 0: for ever.
-    init_method : str
-        Where the workers meet; by default what ``fastref.spawn`` chose for its group, else ``env://``. One of ``env://``, ``tcp://HOST:PORT``, ``file:///PATH`` or, on one host and without any port,
-        ``local://NAME``.
+    init_method : str, optional
+        Where the workers meet: ``env://``, ``tcp://HOST:PORT``, ``file:///PATH`` or, on one host and without any port,
+        ``local://NAME``. By default what ``fastref.spawn`` chose for its group, else ``env://``.
     num_worker_threads : int
         How many functions may run at once here without being blocked in fastref.
     table_bits : int

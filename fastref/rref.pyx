@@ -115,6 +115,10 @@ cdef class RRef:
     ------
     NotInitialized
         Before ``init_rpc``.
+
+    Source
+    ------
+    ``torch.distributed.rpc.RRef``. Different on purpose: every method that waits takes a timeout, on the owner too.
     """
 
     def __init__(self, value, type_hint=None):
@@ -185,6 +189,13 @@ cdef class RRef:
         ----------
         timeout : float
             Seconds; 0 for ever.
+
+        Raises
+        ------
+        UsageError
+            On a worker that does not own the value.
+        RemoteError, CallTimeout
+            As ``to_here``.
         """
         self._usable("local_value()")
         if self.owned is None:
@@ -240,7 +251,11 @@ cdef class _Method:
 
 
 cdef class RRefProxy:
-    """Calls the methods of a value where it lives. Made by ``RRef.rpc_sync()``, ``rpc_async()`` and ``remote()``."""
+    """Calls the methods of a value where it lives: ``rref.rpc_sync().method(*args, **kwargs)``.
+
+    Made by ``RRef.rpc_sync()``, ``rpc_async()`` and ``remote()``, whose timeout each call has. Special methods
+    (``__getitem__`` and the like) are not called through it.
+    """
 
     cdef RRef rref
     cdef double timeout_s

@@ -11,6 +11,7 @@ from typing import Any
 
 import fastref.rpc as rpc
 from fastref.errors import CallTimeout
+from fastref.rref import current_wiring
 
 kept: list[Any] = []
 _bound: dict[str, Any] = {}
@@ -193,3 +194,76 @@ def wait_until_traced(count: int, patience_s: float = 10.0) -> int:
     while Traced.alive != count and time.monotonic() < deadline:
         time.sleep(0.002)
     return Traced.alive
+
+
+class Box:
+    """Something that pickle takes apart by its attributes."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+
+def look(rref: rpc.RRef) -> tuple[bool, str, Any]:
+    """Say what a reference is here: owned or not, whose, and its value."""
+    return rref.is_owner(), rref.owner_name(), rref.to_here()
+
+
+def is_the_object(rref: rpc.RRef) -> bool:
+    """Say whether a reference leads to the very object that was kept here."""
+    return rref.is_owner() and rref.local_value() is kept[-1] and rref.to_here() is kept[-1]
+
+
+def make_and_keep(value: Any) -> rpc.RRef:
+    """Keep a value here, and return a reference to it."""
+    kept.append(value)
+    return rpc.RRef(value)
+
+
+def make_traced(*held: Any) -> rpc.RRef:
+    """Return a reference to a new value that nobody else holds."""
+    return rpc.RRef(Traced(*held))
+
+
+def make_on(to: str, function: Callable[..., Any], *args: Any) -> rpc.RRef:
+    """Return a reference to what a function makes on another worker."""
+    return rpc.remote(to, function, args=args)
+
+
+def pass_on(rref: rpc.RRef, route: list[str]) -> Any:
+    """Send a reference along a route; the last one on it fetches the value."""
+    if not route:
+        return rref.to_here()
+    return rpc.rpc_sync(route[0], pass_on, args=(rref, route[1:]))
+
+
+def pass_and_return(rref: rpc.RRef, route: list[str]) -> rpc.RRef:
+    """Send a reference along a route and back."""
+    if not route:
+        return rref
+    return rpc.rpc_sync(route[0], pass_and_return, args=(rref, route[1:]))
+
+
+def total(values: list[rpc.RRef]) -> int:
+    return sum(rref.to_here() for rref in values)
+
+
+def fetch_kept() -> Any:
+    return kept[-1].to_here()
+
+
+def keep_in_cycle(rref: rpc.RRef) -> None:
+    """Hold a reference where only the cycle collector finds it."""
+    cycle: list[Any] = [rref]
+    cycle.append(cycle)
+
+
+def raise_with(value: Any) -> None:
+    raise ValueError("holds", value)
+
+
+def figures(*path: str) -> Any:
+    """Return a part of this worker's snapshot."""
+    found: Any = current_wiring().snapshot()
+    for key in path:
+        found = found[key]
+    return found

@@ -224,11 +224,13 @@ cdef class Post(Wiring):
             peer.flushing = False
         return not peer.outgoing
 
-    def flush_all(self) -> None:
-        """Send what waits for room, to all peers."""
+    def flush_all(self) -> bool:
+        """Send what waits for room, to all peers; True when nothing is left."""
+        empty = True
         for peer in self.peers:
             if peer is not None and (<Peer>peer).outgoing:
-                self.flush(<Peer>peer)
+                empty = self.flush(<Peer>peer) and empty
+        return empty
 
     def drop_outgoing(self, peer) -> None:
         """Undo what was still to be sent to a peer that has died."""

@@ -44,6 +44,8 @@ cdef enum:
     BATCH = 64              # answers that are settled together, so that the token is passed on once for all of them
     BASE_THREADS = 2        # always there; measured: four eager threads halve the rate of short functions
     LARGEST_PUBLISHED = 1 << 20
+    SHORTEST_NAP_NS = 50000     # between looks at a peer's full ring
+    LONGEST_NAP_NS = 10000000
     GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
 
 
@@ -99,6 +101,7 @@ cdef class Server(Caller):
         cdef fr_thread* me = this_thread()
         cdef int64_t slice_ns = self.slice_ns
         cdef bint mine
+        cdef int64_t nap_ns = slice_ns
         cdef int idle_slices = 0
         cdef int status
         while not self.serving.stopping:
@@ -120,8 +123,12 @@ cdef class Server(Caller):
                     status = IDLE if me.leading else LOST
                 if status == LOST:
                     break
+                if self.flush_all():
+                    nap_ns = slice_ns
+                else:  # nobody rings when a full ring has room again: look, less and less often
+                    nap_ns = SHORTEST_NAP_NS if nap_ns == slice_ns else min(nap_ns * 2, LONGEST_NAP_NS)
                 with nogil:
-                    fr_serve_wait_leader(&self.serving, slice_ns)
+                    fr_serve_wait_leader(&self.serving, nap_ns)
             if me.leading:
                 me.leading = False
                 fr_store32_relaxed(&self.serving.token, 0)
@@ -192,8 +199,6 @@ cdef class Server(Caller):
                 job = self.drain(True)
             if self.table.needs_sweep():
                 self.sweep()
-            if job is None:
-                self.flush_all()
             if self.watched and job is None:
                 self._look_at_the_dead()
             if job is None and not self.completions and not self.errands:
