@@ -56,7 +56,9 @@ docs: build
 	$(PY) -m sphinx -W --keep-going -q docs build/docs
 
 bench-quick: build
-	cd asv_bench && $(abspath $(PY)) -m asv run --python=same --quick --strict --show-stderr $(ASV_ARGS)
+	$(PY) -m fastref.bench --quick
+	cd asv_bench && $(abspath $(PY)) -m asv machine --yes && \
+		$(abspath $(PY)) -m asv run --python=same --quick --show-stderr $(ASV_ARGS)
 
 # Thread sanitizer needs the address space it knows, hence no randomization where the system lets us say so.
 TSAN_TESTS := $(patsubst tests/c/%.c,build/tsan/%,$(wildcard tests/c/*.c))

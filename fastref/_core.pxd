@@ -132,7 +132,6 @@ cdef class ForkData:
 cdef class Holder:
     cdef fr_holder h
     cdef object _regions
-    cdef readonly uint32_t generation_limit
 
     cdef int take(self, uint32_t index, uint32_t generation) noexcept nogil
     cdef int drop(self, uint32_t index) noexcept nogil

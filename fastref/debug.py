@@ -17,9 +17,9 @@ def snapshot() -> dict[str, Any]:
     -------
     dict
         ``worker`` (name, rank, pid), ``calls`` (pending, sent, served, threads, fetches), ``slots``, ``table`` (entries
-        in use with generation, holder word, state and this worker's own count), ``abroad`` (holders that go by messages),
-        ``arena`` (bytes), ``rings``, ``peers`` (pins, loans, credits of each) and ``dead`` (workers being removed, and who
-        has not answered about them).
+        in use with generation, holder word, state and this worker's own count), ``abroad`` (holders that go by
+        messages), ``arena`` (bytes), ``rings``, ``peers`` (pins, loans, credits of each) and ``dead`` (workers being
+        removed, and who has not answered about them).
 
     Raises
     ------

@@ -51,7 +51,8 @@ def check_worker_name(name: str) -> str:
     """
     if not isinstance(name, str) or not name or len(name) >= 128 or not _NAME.fullmatch(name):
         raise UsageError(
-            f"Worker name must match ^[A-Za-z0-9-_:]*$, and must be non-empty and shorter than 128 chars, but got {name!r}"
+            "Worker name must match ^[A-Za-z0-9-_:]*$, and must be non-empty and shorter than 128 chars, "
+            f"but got {name!r}"
         )
     return name
 

@@ -69,7 +69,7 @@ class Job:
     @property
     def is_alive(self) -> bool:
         """False once a worker has ended."""
-        return all(process.is_alive() for process in self._processes)
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
     def check(self) -> None:
         """Fail when a worker still holds something: a reference, a call, a slot, a pin, a block."""
@@ -83,7 +83,7 @@ class Job:
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
-            process.join(PATIENCE_S)
+            process.join(2 * PATIENCE_S)
         codes = [process.exitcode for process in self._processes]
         self.kill()
         assert not any(codes) and None not in codes, f"exit codes of the workers: {codes}"
@@ -96,6 +96,7 @@ class Job:
             process.close()
         for pipe in self._pipes:
             pipe.close()
+        self._processes, self._pipes = [], []
 
     def _outcome(self, rank: int) -> Any:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,12 +14,12 @@ from typing import Any
 import pytest
 
 import fastref.rpc as rpc
-from fastref.errors import OwnerDied, RendezvousError, WorkerDied
-from fastref.rref import current_wiring
+from fastref.errors import CallTimeout, OwnerDied, RemoteError, RendezvousError, WorkerDied
 from tests import puppets
 from tests.leaks import take_holdings
-from tests.puppets import Cell, Ended, Troupe, troupe  # noqa: F401
+from tests.puppets import Cell, Troupe, troupe  # noqa: F401
 
+PROGRAM_PATIENCE_S = 60.0
 SOON_S = 0.3  # for a call to get where it waits
 
 # ---- everyone who waits for the dead, each with what it waits in
@@ -347,3 +349,272 @@ def send_to_use_later(label: str, to: str, delay_s: float) -> None:
 def use_after_a_while(reference: rpc.RRef, delay_s: float) -> None:
     time.sleep(delay_s)
     puppets.keep("used", reference.rpc_sync().get())
+
+
+# ---- processes that end in other ways
+
+
+PROGRAM = """
+import os, sys, threading, time
+import fastref.rpc as rpc
+from tests import puppets
+
+rpc.init_rpc("w1", rank=1, world_size=2, rpc_backend_options=rpc.RpcBackendOptions(init_method=sys.argv[1]))
+reference = rpc.remote("w0", puppets.Cell, (1,))
+reference.to_here()
+future = rpc.rpc_async("w0", puppets.sleep, (0.2,), timeout=0)
+rpc.rpc_sync("w0", puppets.keep, ("ready", True))
+{ending}
+"""
+
+ENDINGS = {
+    "end_of_main": ("", 0),
+    "sys_exit": ("sys.exit(3)", 3),
+    "os_exit": ("os._exit(4)", 4),
+    "uncaught_exception": ("raise ValueError('a bug of the program')", 1),
+    "sigterm": ("os.kill(os.getpid(), 15); time.sleep(9)", -15),
+    "abort": ("os.abort()", -6),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_program_that_ends_without_shutdown_counts_as_dead_and_leaves_nothing(troupe: Troupe, ending: str) -> None:
+    text, code = ENDINGS[ending]
+    w0 = troupe.hire("w0")
+    w0.order(puppets.join_job, "w0", 0, 2, troupe.job, {})
+    command = [sys.executable, "-c", PROGRAM.format(ending=text), f"local://{troupe.job}"]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    w0.outcome()
+    w0.order(wait_until_kept, 1)
+    w0.outcome()
+    _, errors = program.communicate(timeout=PROGRAM_PATIENCE_S)
+    assert program.returncode == code, errors
+    assert "fastref" not in errors, "the end of the program says something of fastref's own"
+    w0.do(puppets.wait_until_dead, "w1")
+    w0.do(puppets.wait_until_entries, 0)
+    with pytest.raises(WorkerDied) as caught:
+        w0.do(rpc.rpc_sync, "w1", puppets.nothing)
+    assert caught.value.pid == program.pid
+    troupe.leave([w0])
+
+
+def test_sys_exit_in_a_called_function_ends_neither_side(troupe: Troupe) -> None:
+    w0, w1 = troupe.start(2)
+    with pytest.raises(RemoteError, match="SystemExit"):
+        w0.do(rpc.rpc_sync, "w1", sys.exit, (3,))
+    assert w0.do(rpc.rpc_sync, "w1", puppets.process_id) == w1.pid
+    troupe.leave([w0, w1])
+
+
+def test_os_exit_in_a_called_function_is_the_death_of_the_callee(troupe: Troupe) -> None:
+    w0, w1 = troupe.start(2)
+    with pytest.raises(WorkerDied, match=f"'w1' .rank 1, pid {w1.pid}."):
+        w0.do(rpc.rpc_sync, "w1", os._exit, (3,))
+    troupe.leave([w0])
+
+
+# ---- restarts
+
+
+def test_the_next_start_removes_what_the_killed_left(troupe: Troupe) -> None:
+    before = take_holdings()
+    first = troupe.start(3)
+    for puppet in first:
+        os.kill(puppet.pid, signal.SIGKILL)
+    for puppet in first:
+        puppet.process.join()
+    second = troupe.start(3)
+    assert second[0].do(rpc.rpc_sync, "w2", puppets.process_id) == second[2].pid
+    troupe.leave(second)
+    for puppet in second:
+        assert puppet.end() == 0
+    left = [what for what in take_holdings() - before if what.startswith("file")]
+    assert not left
+
+
+def test_survivors_start_again_with_a_new_worker_in_the_place_of_the_dead(troupe: Troupe) -> None:
+    w0, victim, w2 = troupe.start(3)
+    for round_number in range(3):
+        w2.do(puppets.keep_result, "old", rpc.remote, "w1", Cell, (1,))
+        victim.kill()
+        for puppet in (w0, w2):
+            puppet.do(puppets.wait_until_dead, "w1")
+        troupe.leave([w0, w2])
+        victim = troupe.hire("w1")
+        troupe.join([w0, victim, w2], job=f"{troupe.job}-{round_number}")
+        for puppet in (w0, w2):
+            assert puppet.do(rpc.rpc_sync, "w1", puppets.process_id) == victim.pid
+        w2.do(puppets.drop_all)
+    troupe.leave([w0, victim, w2])
+
+
+# ---- workers that are stopped
+
+
+def test_a_stopped_worker_goes_on_as_if_nothing_had_been(troupe: Troupe) -> None:
+    w0, w1, w2 = troupe.start(3)
+    w0.do(puppets.keep_result, "cell", rpc.remote, "w1", Cell, (5,))
+    w1.do(puppets.keep_result, "cell", rpc.remote, "w0", Cell, (6,))
+    w0.do(get_through, "cell")
+    w1.do(get_through, "cell")
+    w0.order(rpc.rpc_sync, "w1", puppets.make_slowly, (0.2, 1))
+    w2.order(flood, "w1", 200)
+    w1.stop()
+    time.sleep(1.0)
+    w1.go_on()
+    assert w0.outcome() == 1
+    assert w2.outcome() == 200
+    assert w0.do(get_through, "cell") == 5
+    assert w1.do(get_through, "cell") == 6
+    for puppet in (w0, w1):
+        puppet.do(puppets.drop_all)
+    for puppet in (w0, w1):
+        puppet.do(puppets.wait_until_entries, 0)
+    troupe.leave([w0, w1, w2])
+
+
+def flood(to: str, count: int) -> int:
+    """Send many calls at once; return how many were answered as they should be."""
+    futures = [rpc.rpc_async(to, puppets.echo, (i,)) for i in range(count)]
+    return sum(future.wait() == i for i, future in enumerate(futures))
+
+
+def flood_without_waiting(to: str, count: int, size_bytes: int) -> None:
+    puppets.keep("flood", [rpc.rpc_async(to, puppets.echo, (b"x" * size_bytes,), timeout=0) for _ in range(count)])
+
+
+def test_a_stopped_owner_stops_nobody_else(troupe: Troupe) -> None:
+    """Its references can still be taken, handed on and dropped, its published values read."""
+    owner, w1, w2 = troupe.start(3)
+    w1.do(puppets.keep_result, "number", rpc.remote, "w0", puppets.echo, (42,))
+    assert w1.do(puppets.call_kept, "number", "to_here") == 42
+    w1.do(puppets.hand_on, "number", "w2")
+    owner.stop()
+    assert w1.do(rpc.rpc_sync, "w2", puppets.echo, (1,)) == 1
+    w1.do(puppets.hand_on, "number", "w2", "again")
+    assert w2.do(puppets.call_kept, "again", "to_here") == 42
+    w2.do(puppets.drop, "again")
+    assert w2.do(flood, "w1", 500) == 500
+    owner.go_on()
+    for puppet in (w1, w2):
+        puppet.do(puppets.drop_all)
+    owner.do(puppets.wait_until_entries, 0)
+    troupe.leave([owner, w1, w2])
+
+
+def test_a_stopped_caller_whose_answers_fill_its_ring_holds_up_nobody_else(troupe: Troupe) -> None:
+    owner, stopped, third = troupe.start(3)
+    stopped.do(rpc.rpc_sync, "w0", puppets.nothing)
+    stopped.do(flood_without_waiting, "w0", 60, 2000)
+    stopped.do(keep_many_calls_coming, "w0", 200)
+    stopped.stop()
+    time.sleep(SOON_S)
+    assert third.do(flood, "w0", 500) == 500
+    assert third.do(rpc.rpc_sync, "w0", puppets.process_id) == owner.pid
+    stopped.go_on()
+    assert stopped.do(flood, "w0", 100) == 100
+    troupe.leave([owner, stopped, third])
+
+
+def keep_many_calls_coming(to: str, count: int) -> None:
+    """Calls whose answers, twenty times larger, cannot all lie in one ring."""
+    puppets.keep("many", [rpc.rpc_async(to, make_bytes, (3000, 0.1), timeout=0) for _ in range(count)])
+
+
+def make_bytes(size_bytes: int, delay_s: float) -> bytes:
+    time.sleep(delay_s)
+    return b"x" * size_bytes
+
+
+def fill_ring_of(to: str) -> None:
+    """Send to a stopped worker until there is no room, and go on doing something else."""
+    with pytest.raises(CallTimeout):
+        while True:
+            rpc.rpc_async(to, puppets.echo, (b"x" * 2000,), timeout=0.2)
+
+
+def test_a_death_is_noticed_while_a_stopped_worker_cannot_be_told_of_it(troupe: Troupe) -> None:
+    w0, stopped, first, second = troupe.start(4)
+    w0.do(rpc.rpc_sync, "w1", puppets.nothing)
+    stopped.stop()
+    w0.do(fill_ring_of, "w1")
+    for victim, name in ((first, "w2"), (second, "w3")):
+        w0.order(rpc.rpc_sync, name, puppets.sleep, (100,), None, 0)
+        time.sleep(SOON_S)
+        victim.kill()
+        with pytest.raises(WorkerDied, match=name):
+            w0.outcome()
+    stopped.go_on()
+    assert w0.do(rpc.rpc_sync, "w1", puppets.echo, (1,)) == 1
+    for puppet in (w0, stopped):
+        puppet.do(puppets.wait_until_dead, "w3")
+    assert w0.do(wait_until_removed, 2)
+    troupe.leave([w0, stopped])
+
+
+def wait_until_removed(count: int, patience_s: float = 20.0) -> bool:
+    """Wait until nothing of the dead, of whom there are ``count``, is left in this process's table."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        figures = puppets.snapshot()
+        if sum(peer["dead"] for peer in figures["peers"].values()) == count and not figures["dead"]:
+            return True
+        assert time.monotonic() < deadline, figures["dead"]
+        time.sleep(0.01)
+
+
+# ---- the death of an owner
+
+
+def test_the_death_of_its_owner_ends_a_reference_everywhere_and_harms_nobody(troupe: Troupe) -> None:
+    owner, w1, w2 = troupe.start(3)
+    for label, value in (("cell", Cell(1)), ("number", 42)):
+        w1.do(puppets.keep_result, label, rpc.remote, "w0", puppets.echo, (value,))
+        w1.do(puppets.call_kept, label, "to_here")
+        w1.do(puppets.hand_on, label, "w2")
+    owner.kill()
+    for puppet in (w1, w2):
+        puppet.do(puppets.wait_until_dead, "w0")
+        with pytest.raises(OwnerDied, match="w0"):
+            puppet.do(puppets.call_kept, "cell", "to_here")
+        assert puppet.do(puppets.call_kept, "cell", "owner_name") == "w0"
+        # What was published lies in memory that is still mapped.
+        assert puppet.do(puppets.call_kept, "number", "to_here") == 42
+    w1.do(puppets.hand_on, "cell", "w2", "after")
+    with pytest.raises(OwnerDied, match="w0"):
+        w2.do(puppets.call_kept, "after", "to_here")
+    for puppet in (w1, w2):
+        puppet.do(puppets.drop_all)
+    troupe.leave([w1, w2])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_workers_killed_at_random_moments_are_always_named(troupe: Troupe, seed: int) -> None:
+    """Ten kills in the middle of a mix of calls; the gate does a thousand and looks at the time."""
+    rng = random.Random(seed)
+    w0, *victims = troupe.start(11)
+    for victim in victims:
+        w0.order(work_until_dead, victim.name)
+        time.sleep(rng.uniform(0.0, 0.1))
+        pid = victim.pid
+        victim.kill()
+        with pytest.raises(WorkerDied) as caught:
+            w0.outcome()
+        assert (caught.value.name, caught.value.pid) == (victim.name, pid)
+    w0.do(puppets.wait_until_entries, 0)
+    troupe.leave([w0])
+
+
+def work_until_dead(to: str) -> None:
+    """Call, fetch, hand own references over and take the peer's, until something raises."""
+    while True:
+        assert rpc.rpc_sync(to, puppets.echo, (1,)) == 1
+        cell = rpc.remote(to, Cell, (2,))
+        mine = rpc.RRef(Cell(3))
+        future = rpc.rpc_async(to, use_both, (cell, mine))
+        assert cell.to_here().value == 2
+        assert future.wait() == 5
+
+
+def use_both(one: rpc.RRef, other: rpc.RRef) -> int:
+    return one.to_here().value + other.rpc_sync().get()

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fastref.segments import run_root, sweep
+
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETER_SERVER = ROOT / "examples" / "parameter_server.py"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -96,6 +98,7 @@ def start(tmp_path: Path) -> Iterator:
             os.kill(pid, signal.SIGKILL)
         program.process.wait()
         assert not left, f"processes outlived the program:\n{program.stderr}"
+    sweep(run_root())  # as the next start does: what was killed cannot clean up
 
 
 def row(table: str, title: str) -> list[float]:

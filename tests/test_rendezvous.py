@@ -18,14 +18,7 @@ from typing import Any
 import pytest
 
 from fastref.errors import RendezvousError, UsageError, WorkerDied
-from fastref.rendezvous import (
-    Connection,
-    WorkerRecord,
-    job_name,
-    join,
-    link_all,
-    resolve_rank,
-)
+from fastref.rendezvous import Connection, WorkerRecord, job_name, join, link_all
 from fastref.rendezvous.connection import connect
 from fastref.rendezvous.coordinator import join_hello
 from fastref.segments import host_identity, run_root, sweep
@@ -316,28 +309,6 @@ def test_without_a_coordinator_a_worker_says_that_rank_0_is_missing(cast):
     assert kind is RendezvousError
     assert "waited 0.2 s for the 2 workers" in sentence and "rank 0, which coordinates, is missing" in sentence
     assert waited_s >= 0.2
-
-
-def test_missing_ranks_and_sizes_are_usage_errors(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(UsageError, match="local://x needs a rank of 0 or more: pass rank= to init_rpc or set RANK"):
-        resolve_rank("local://x", -1, 2)
-    with pytest.raises(UsageError, match="needs a rank of 0 or more"):
-        resolve_rank("tcp://x:1", -2, 2)
-    for size in (None, 0):
-        with pytest.raises(UsageError, match="not available yet"):
-            resolve_rank("local://x", 0, size)
-    with pytest.raises(UsageError, match="must be 1 or more"):
-        resolve_rank("local://x", 0, -2)
-    for method in ("", "local", "local://", "://x"):
-        with pytest.raises(UsageError, match="init_method must look like|needs the name"):
-            resolve_rank(method, 0, 1)
-    monkeypatch.setenv("RANK", "first")
-    with pytest.raises(UsageError, match="rank must be an integer, it is 'first'"):
-        resolve_rank("env://", -1, 2)
-    assert resolve_rank("tcp://x:1?rank=1&world_size=3") == (1, 3)
-    assert resolve_rank("local://x", 0, 1) == (0, 1)
 
 
 def test_what_torch_says_about_its_own_methods_passes_through(alice, monkeypatch, tmp_path):

@@ -75,6 +75,11 @@ def get_kept(index: int = -1) -> Any:
     return kept[index]
 
 
+def use_kept(method: str, *args: Any) -> Any:
+    """Call a method of the last value kept, a reference, where its value lives."""
+    return getattr(kept[-1].rpc_sync(), method)(*args)
+
+
 def wait_until_kept(count: int) -> list[Any]:
     """Wait until so many values are held, and return them."""
     while len(kept) < count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import pickle
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import cloudpickle
 from fastref.errors import RemoteError
 
 __all__ = ["encode_failure", "decode_failure", "raised_again"]
+
+logger = logging.getLogger("fastref")
 
 LONGEST_TEXT = 1 << 20  # characters of traceback that travel; a recursion error can have far more
 
@@ -27,7 +30,7 @@ def encode_failure(error: BaseException, worker: Any) -> bytes:
 
 
 def decode_failure(data: bytes) -> BaseException:
-    """Return the exception to raise on the caller: a subclass of ``RemoteError`` and, where possible, of the original."""
+    """Return the exception to raise on the caller: a ``RemoteError`` and, where possible, the original's type too."""
     text, remote_traceback, pickled = pickle.loads(data)
     original = None
     if pickled is not None:
@@ -79,9 +82,10 @@ def _pickled(error: BaseException) -> bytes | None:
         try:
             data = dumps(error)
             pickle.loads(data)  # many classes pickle and then refuse their own arguments
+        except Exception as refusal:
+            logger.debug("%s refused: %s", type(error).__qualname__, type(refusal).__qualname__)
+        else:
             return data
-        except Exception:
-            continue
     return None
 
 
@@ -93,4 +97,5 @@ def _safely(show: Callable[[BaseException], str], error: BaseException) -> str:
     try:
         return show(error)
     except Exception as trouble:
-        return f"<{type(error).__module__}.{type(error).__qualname__}, whose text cannot be made: {type(trouble).__name__}>"
+        kind = type(error)
+        return f"<{kind.__module__}.{kind.__qualname__}, whose text cannot be made: {type(trouble).__name__}>"

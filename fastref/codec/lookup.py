@@ -12,7 +12,8 @@ __all__ = ["find_callable"]
 
 # torch's sentence, which its users search for.
 ADVICE = (
-    "Default RPC pickler does not serialize\n            function code. Ensure that UDFs are defined on both caller and\n"
+    "Default RPC pickler does not serialize\n"
+    "            function code. Ensure that UDFs are defined on both caller and\n"
     "            callee modules."
 )
 

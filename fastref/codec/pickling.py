@@ -50,7 +50,7 @@ def dumps(value: Any, references: list, shares_main: bool = False) -> tuple[byte
             return _dump(_CloudPickler, value, references, shares_main)
         except Exception:
             del references[already:]
-            raise error  # what plain pickle says is what users of torch know
+            raise error from None  # what plain pickle says is what users of torch know
     except BaseException:
         del references[already:]
         raise

@@ -3,11 +3,11 @@
 What the dead worker published may carry references whose receivers have not set their bits yet. So its own bits stay
 until every live worker has acquired all that it published: this process asks them, and itself.
 
-    event               from                                    commands
-    Died(dead)          the monitor                             Send(DrainAsk) to all that live; or Clear if nobody does
-    Drained(dead)       this inbox: nothing of it is left       Send(DrainDone) to those who asked; Clear if all answered
-    Ask(dead, asker)    a live worker                           Send(DrainDone) at once, or when we have drained it
-    Done(dead, worker)  a live worker                           Clear, if it was the last
+    event               from                                commands
+    Died(dead)          the monitor                         Send(DrainAsk) to all that live; or Clear if nobody does
+    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered
+    Ask(dead, asker)    a live worker                       Send(DrainDone) at once, or when we have drained it
+    Done(dead, worker)  a live worker                       Clear, if it was the last
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Types of the compiled ``fastref.runtime.peer``."""
 
+from collections import deque
 from threading import Condition
 from typing import Any
 
@@ -53,6 +54,8 @@ class Peer:
     def arena(self) -> PeerArena: ...
     @property
     def bits(self) -> int: ...
+    @property
+    def outgoing(self) -> deque[tuple[bytes, list[Any] | None, int]]: ...
     @property
     def name(self) -> str: ...
     @property

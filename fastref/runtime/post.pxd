@@ -7,7 +7,7 @@ from fastref.carriers.arena cimport Arena
 from fastref.channels.channel cimport Inbox
 from fastref.channels.slots cimport ResponseSlots
 from fastref.codec.payload cimport Encoder
-from fastref.rref cimport RRef, Wiring
+from fastref.rref cimport OwnedValue, RRef, Wiring
 from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport FrameView, fr_frame
 
@@ -64,9 +64,9 @@ cdef class Post(Wiring):
     cdef int64_t _lend(self, Peer peer, uint64_t size) except -2
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1
-    cdef int _pack_forks(self, Peer peer, list references, Encoder forks, list pinned) except -1
+    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
     cdef int share(self, RRef rref) except -1
-    cdef int publish(self, RRef rref) except -1
+    cdef int publish(self, OwnedValue owned, uint32_t index) except -1
     cdef int drain_while_waiting(self) except -1
     cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1

@@ -144,7 +144,7 @@ cdef class Post(Wiring):
             head.references = head.forks_size = 0
             if body is not None and body.references:
                 forks, pinned = self.encoder(), []
-                self._pack_forks(peer, body.references, forks, pinned)
+                self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, forks, pinned)
                 head.references, head.forks_size = len(body.references), forks.size
             if size > INLINE_LIMIT:
                 lent = self._lend(peer, size)
@@ -262,8 +262,11 @@ cdef class Post(Wiring):
                     return -1
                 raise
 
-    cdef int _pack_forks(self, Peer peer, list references, Encoder forks, list pinned) except -1:
-        """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo."""
+    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1:
+        """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo.
+
+        ``first_is_new``: the first is what a remote() makes; it goes under the ids that it was given.
+        """
         cdef RRef rref
         cdef fr_fork fork
         cdef uint64_t fork_id
@@ -277,10 +280,14 @@ cdef class Post(Wiring):
                 self.share(rref)
             if rref.holder.take(rref.fork.index, rref.fork.generation) == FR_LOST:
                 raise ProtocolError(f"{rref!r} is not held")
-            fork_id = self.ids.next()
             fork = rref.fork
-            fork.fork_created_on, fork.fork_local = self.rank, fork_id & NUMBER_MASK
-            fork.parent = self.rank
+            if first_is_new:
+                fork_id = <uint64_t>fork.fork_created_on << 48 | fork.fork_local
+                first_is_new = False
+            else:
+                fork_id = self.ids.next()
+                fork.fork_created_on, fork.fork_local = self.rank, fork_id & NUMBER_MASK
+                fork.parent = self.rank
             child = None
             if peer.rank != fork.owner and peer.rank >= self._bits_of(fork.owner):
                 child = self.fork_abroad(peer, fork_id, fork.owner, fork.index, fork.generation, rref.holder)
@@ -345,7 +352,7 @@ cdef class Post(Wiring):
         self.own(rref.fork.index, rref.owned)
         rref.holder = self.table.holder
         if rref.owned.settled == VALUE_READY:
-            self.publish(rref)
+            self.publish(rref.owned, rref.fork.index)
         return 0
 
     def own(self, index: int, owned) -> None:
@@ -357,7 +364,7 @@ cdef class Post(Wiring):
     def open_entry(self) -> tuple:
         raise NotImplementedError
 
-    cdef int publish(self, RRef rref) except -1:
+    cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
         raise NotImplementedError
 
     cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1:

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from fastref import _core
+from fastref.codec.failures import encode_failure
 from fastref.codec.stream import decode, encode
 from fastref.errors import PeerError, ProtocolError, ResourceError
 from fastref.protocol import forks, removal
@@ -173,7 +174,9 @@ class RuleKeeper(Server):
 
     # ---- holders that go by messages
 
-    def fork_abroad(self, peer: Peer, fork: int, owner: int, index: int, generation: int, holder: _core.Holder) -> tuple:
+    def fork_abroad(
+        self, peer: Peer, fork: int, owner: int, index: int, generation: int, holder: _core.Holder
+    ) -> tuple:
         """A reference goes to a peer that has no bit in its owner's table."""
         if owner == self.rank:
             with peer.lock:
@@ -341,7 +344,14 @@ class RuleKeeper(Server):
                 with self._rules:
                     cleared = self._owner_forks.holder_lost(command.dead)
                 self._mark_and_clear(cleared)
-                self.wake_leader()
+                self.do_later(functools.partial(self._fail_values_of, command.dead))
+
+    def _fail_values_of(self, dead: int) -> None:
+        """Values that a dead worker's remote() should have made, and whose requests never came, never will be."""
+        error = encode_failure(self.peers[dead].died_error(), self.info)
+        for index in [index for index, rank in list(self.credit_of.items()) if rank == dead]:
+            if index < len(self.owned) and self.owned[index] is not None:
+                self.settle_failed(index, error)
 
     # ---- the clock
 

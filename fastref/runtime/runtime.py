@@ -128,17 +128,20 @@ class Runtime(RuleKeeper):
         finally:
             for fd in rings.values():
                 os.close(fd)
-        self.meet(
-            Peer(
-                self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
-                PeerSlots(memory.slots, SLOTS), self.table.holder, PeerArena(memory.arena), self.bits,
-            )  # fmt: skip
-        )
+        myself = Peer(
+            self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
+            PeerSlots(memory.slots, SLOTS), self.table.holder, PeerArena(memory.arena), self.bits,
+        )  # fmt: skip
+        self.meet(myself)
         self.peers[self.rank].shares_main = True
         for rank, link in self._links.items():
             self.meet(self._peer(rank, link))
         self._monitor = Monitor(
-            self._listener, on_death=self.on_death, on_tick=self.on_tick, on_message=self._on_message, on_link=self._on_link
+            self._listener,
+            on_death=self.on_death,
+            on_tick=self.on_tick,
+            on_message=self._on_message,
+            on_link=self._on_link,
         )
         for rank, link in self._links.items():
             self._monitor.watch(rank, link)

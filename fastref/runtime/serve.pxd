@@ -68,6 +68,6 @@ cdef class Server(Caller):
     cdef bint _parks(self, OwnedValue owned, Job job) except -1
     cdef int answer(self, Job job, Encoder body, int flags) except -1
     cdef int fail_job(self, Job job, object error) except -1
-    cdef int settle_value(self, OwnedValue owned, RRef rref, object value, object error) except -1
+    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1
     cdef int complete(self, Job job) except -1
     cdef void count_queue(self) noexcept

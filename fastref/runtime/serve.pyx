@@ -359,7 +359,9 @@ cdef class Server(Caller):
             if fork.owner == self.rank:
                 if fork.index < len(self.owned):
                     owned = self.owned[fork.index]
-                if owned is None and not (i == 0 and view.head.kind == PYTHON_REMOTE_CALL):
+                # Without a value it must be an entry that was opened for a remote(). That request may still be on its
+                # way: a reference to its result can overtake it through another worker's ring.
+                if owned is None and fork.index not in self.credit_of:
                     lost += 1
                     references.append(None)
                     continue
@@ -481,7 +483,7 @@ cdef class Server(Caller):
                 result = self.call_target(job)
             if job.head.kind == PYTHON_REMOTE_CALL:
                 rref = job.references[0]
-                self.settle_value(rref.owned, rref, result, None)
+                self.settle_value(rref.owned, rref.fork.index, result, None)
                 return None
             body = self.encoder()
             flags[0] = self.encode_any(body, result, job.peer.shares_main)
@@ -491,7 +493,7 @@ cdef class Server(Caller):
         if job.head.kind == PYTHON_REMOTE_CALL:
             if job.references and job.references[0] is not None:
                 rref = job.references[0]
-                self.settle_value(rref.owned, rref, None, failure)
+                self.settle_value(rref.owned, rref.fork.index, None, failure)
             return None
         flags[0] = FLAG_ERROR
         body = self.encoder()
@@ -531,29 +533,34 @@ cdef class Server(Caller):
             return False
         return True
 
-    cdef int settle_value(self, OwnedValue owned, RRef rref, object value, object error) except -1:
+    def settle_failed(self, index: int, failure: bytes) -> None:
+        """The value of an entry never will be; ``failure`` is what ``encode_failure`` made of the reason."""
+        owned = <OwnedValue>self.owned[index]
+        if owned.settled == VALUE_PENDING:
+            self.settle_value(owned, index, None, failure)
+
+    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1:
         """A value is there, or never will be: tell whoever waits for it, and publish it if nobody can ever change it."""
         if owned.settled != VALUE_PENDING:
-            raise ProtocolError(f"{rref!r} has a value already")
+            raise ProtocolError(f"entry {index} has a value already")
         owned.value, owned.error = value, error
         if error is not None:
             owned.settle(VALUE_FAILED)
-            self.table.set_state(rref.fork.index, "failed")
+            self.table.set_state(index, "failed")
         else:
             owned.settle(VALUE_READY)
-            self.publish(rref)
+            self.publish(owned, index)
         waiters, owned.waiters = owned.waiters, None
         if waiters:
             self.queue.extend(waiters)
             self.count_queue()
         return 0
 
-    cdef int publish(self, RRef rref) except -1:
+    cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
         """Let holders read an immutable value without asking; of others say only that it is there."""
         cdef Encoder body
         cdef uint64_t offset
-        cdef uint32_t index = rref.fork.index
-        value = rref.owned.value
+        value = owned.value
         if not _immutable(value, 0):
             self.table.set_state(index, "ready")
             return 0

@@ -33,7 +33,8 @@ static struct source sources[PRODUCERS];
 static pthread_t threads[MOST_THREADS];
 static uint32_t thread_count, parked;
 static uint64_t pending[FR_READY_WORDS]; /* with the token */
-static uint64_t handled, steps_in, kinds[KINDS];
+static uint64_t handled, steps_in, rounds, kinds[KINDS];
+static int64_t half_ns; /* until then a flood from all, then a conversation with one */
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void *serve(void *unused);
@@ -157,11 +158,23 @@ static void send(struct source *s, uint32_t kind)
     fr_bell_ring(serving.bell, message.source);
 }
 
-static void *produce(void *argument)
+/* Pauses around the length of the ways to sleep; now and then long enough for every thread to reach its deepest sleep. */
+static void pause_somehow(uint64_t *state)
+{
+    switch (random_below(state, 4)) {
+    case 0: pause_us(random_below(state, 50) ? random_below(state, 150) : 5000 + random_below(state, 5000)); break;
+    case 1: sched_yield(); break;
+    default:
+        for (uint64_t i = random_below(state, 400); i; i--)
+            fr_pause();
+    }
+}
+
+static void *flood(void *argument)
 {
     struct source *s = argument;
     uint64_t state = random_seed((uint64_t)(s - sources));
-    while (!over()) {
+    while (fr_now_ns() < half_ns) {
         switch (random_below(&state, 40)) {
         case 0: send(s, SLEEPS); break;
         case 1:
@@ -172,18 +185,30 @@ static void *produce(void *argument)
             break;
         default: send(s, QUICK);
         }
-        switch (random_below(&state, 4)) {
-        case 0:
-            /* Now and then long enough for every thread to reach its deepest sleep. */
-            pause_us(random_below(&state, 50) ? random_below(&state, 150) : 5000 + random_below(&state, 5000));
-            break;
-        case 1: sched_yield(); break;
-        default:
-            for (uint64_t i = random_below(&state, 400); i; i--)
-                fr_pause();
-        }
+        pause_somehow(&state);
     }
     return NULL;
+}
+
+/* One sender alone, who waits for each answer: no other message makes up for a wake-up that was lost. */
+static void converse(struct source *s)
+{
+    uint64_t state = random_seed(77);
+    for (uint64_t sent = fr_load_acquire(&handled); !over(); rounds++) {
+        unsigned quick = (unsigned)random_below(&state, 3);
+        for (unsigned i = 0; i < quick; i++)
+            send(s, QUICK);
+        send(s, BLOCKS);
+        if (random_below(&state, 4))
+            pause_somehow(&state);
+        send(s, RELEASES);
+        sent += quick + 2;
+        while (fr_load_acquire(&handled) != sent)
+            if (random_below(&state, 2))
+                pause_us(1);
+        if (!random_below(&state, 4))
+            pause_somehow(&state);
+    }
 }
 
 int main(int argc, char **argv)
@@ -191,6 +216,7 @@ int main(int argc, char **argv)
     pthread_t producers[PRODUCERS];
     uint64_t sent = 0;
     begin(argc, argv);
+    half_ns = fr_now_ns() + (end_ns - fr_now_ns()) / 2;
     serving.bell = guarded(sizeof *serving.bell);
     for (int i = 0; i < PRODUCERS; i++) {
         void *memory = guarded(FR_RING_DATA_OFFSET + SIZE);
@@ -200,20 +226,23 @@ int main(int argc, char **argv)
     for (int i = 0; i < BASE_THREADS; i++)
         start_thread();
     for (int i = 0; i < PRODUCERS; i++)
-        producers[i] = run(produce, &sources[i]);
+        producers[i] = run(flood, &sources[i]);
     for (int i = 0; i < PRODUCERS; i++) {
         join(producers[i]);
         sent += sources[i].sent;
     }
     while (fr_load_acquire(&handled) != sent) /* nobody rings any more: the last message too must have woken somebody */
         pause_us(200);
+    sent -= sources[0].sent;
+    converse(&sources[0]);
+    sent += sources[0].sent;
     fr_serve_stop(&serving);
     for (uint32_t i = 0; i < thread_count; i++)
         join(threads[i]);
     CHECK(handled == sent && serving.token == 0 && serving.away == 0);
     for (int kind = 0; kind < KINDS; kind++)
-        CHECK(kinds[kind] > 0); /* else nothing has been tried */
-    printf("serve: %lu messages, %lu blocked, %u threads, %lu times another led, slept %lu, spun %lu\n", handled, kinds[BLOCKS],
-           thread_count, steps_in, serving.waiting.slept, serving.waiting.spun);
+        CHECK(kinds[kind] > 0 && rounds > 0); /* else nothing has been tried */
+    printf("serve: %lu messages, %lu blocked, %lu rounds alone, %u threads, %lu times another led, slept %lu, spun %lu\n", handled,
+           kinds[BLOCKS], rounds, thread_count, steps_in, serving.waiting.slept, serving.waiting.spun);
     return 0;
 }

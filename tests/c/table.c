@@ -123,11 +123,15 @@ static void *use(void *argument)
     struct user *me = argument;
     struct pins pins = {0};
     uint64_t state = random_seed(me->peer);
+    int dying = 0;
     while (!over()) {
         receive_all(me);
         unsigned pinned = unpin(&pins, &me->holder, mail[me->peer]);
         uint64_t what = random_below(&state, 100);
-        if (what < 25 && me->count) {
+        if (dying && !pinned) {
+            die(me);
+            dying = 0;
+        } else if (what < 25 && me->count && !dying) {
             unsigned to = (unsigned)random_below(&state, USERS);
             if (to != me->peer && !pins.held[to]) {
                 hand_on(&pins, &me->holder, mail[me->peer], to, me->handles[random_below(&state, me->count)]);
@@ -148,8 +152,8 @@ static void *use(void *argument)
                 me->handles[me->count++] = h;
                 me->taken++;
             }
-        } else if (!pinned && !random_below(&state, 50)) {
-            die(me);
+        } else if (what == 99 && !random_below(&state, 20)) {
+            dying = 1; /* once what it has published is acquired: until then its bits would have to stay */
         }
     }
     /* Nobody sends from now on; take and drop what is still under way, until everybody's mail has been acquired. */
