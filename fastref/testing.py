@@ -147,9 +147,13 @@ class Network:
         while thread.is_alive():
             self.settle()
             thread.join(0.0005)
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["value"]
+        error = outcome.pop("error", None)
+        if error is None:
+            return outcome["value"]
+        try:
+            raise error
+        finally:
+            del error  # it holds this frame, and the frame of ``action``
 
     def kill(self, rank: int, lose: bool = False, seen_by: Iterable[int] | None = None) -> None:
         """End a node as SIGKILL would: what it holds stays in the tables until the others take it out.

@@ -49,7 +49,10 @@ class Puppet:
 
     def order(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Have ``function(*arguments)`` run on the process's main thread; ``outcome`` gets what comes of it."""
-        self.pipe.send((function, arguments))
+        try:
+            self.pipe.send((function, arguments))
+        except (BrokenPipeError, ConnectionResetError):
+            raise Ended(f"{self.name} has ended") from None
 
     def outcome(self, patience_s: float = PATIENCE_S) -> Any:
         """Return the result of the oldest order without one, or raise what it raised."""
@@ -107,7 +110,9 @@ class Troupe:
         self.all.append(puppet)
         return puppet
 
-    def start(self, count: int, job: str = "", failpoints: dict[int, str] | None = None, **options: Any) -> list[Puppet]:
+    def start(
+        self, count: int, job: str = "", failpoints: dict[int, str] | None = None, **options: Any
+    ) -> list[Puppet]:
         """Start ``count`` workers w0, w1, ... that have joined one job; ``failpoints``: by rank."""
         puppets = [self.hire(f"w{rank}") for rank in range(count)]
         self.join(puppets, job, **options)
@@ -135,8 +140,10 @@ class Troupe:
             puppet.pipe.close()
 
 
-@pytest.fixture
-def troupe(mp_context: Any, spawn_workers: Callable[..., Any], request: pytest.FixtureRequest) -> Iterator[Troupe]:
+@pytest.fixture(name="troupe")
+def troupe_fixture(
+    mp_context: Any, spawn_workers: Callable[..., Any], request: pytest.FixtureRequest
+) -> Iterator[Troupe]:
     """Return a :class:`Troupe`; its processes are killed after the test and what they leave behind is swept."""
     one = Troupe(mp_context, spawn_workers, f"puppets-{os.getpid()}-{abs(hash(request.node.nodeid)) % 10**8}")
     yield one
@@ -167,6 +174,7 @@ def _obey(pipe: Pipe) -> None:
             pipe.send((value, error))
         except Exception as trouble:  # neither result nor error of an order need be picklable
             pipe.send((None, TypeError(f"the outcome {value!r} {error!r} cannot be sent: {trouble}")))
+        del value, error, order, function, arguments  # between two orders nothing of them is held
 
 
 def _receive(pipe: Pipe) -> Any:
@@ -199,7 +207,7 @@ def kept(label: str) -> Any:
     return _kept[label]
 
 
-def use_kept(label: str) -> Any:
+def get_through(label: str) -> Any:
     """Return what ``get`` of the kept reference's value returns."""
     return _kept[label].rpc_sync().get()
 
@@ -264,6 +272,14 @@ def wait_until_dead(name: str, patience_s: float = 20.0) -> None:
     while not snapshot()["peers"][name]["dead"]:
         assert time.monotonic() < deadline, f"{name} still counts as alive"
         time.sleep(0.002)
+
+
+def wait_until_removed(patience_s: float = 20.0) -> None:
+    """Wait until nothing of those known to be dead is left in this process."""
+    deadline = time.monotonic() + patience_s
+    while waiting := snapshot()["dead"]:
+        assert time.monotonic() < deadline, f"the dead are not removed; who has not answered about whom: {waiting}"
+        time.sleep(0.01)
 
 
 def interrupt_after(delay_s: float, number: int = signal.SIGINT) -> None:

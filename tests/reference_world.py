@@ -1,13 +1,12 @@
-"""A network of nodes that do with references whatever programs do, beside an account of who must still be able to use what.
+"""A network of nodes that do with references whatever programs do, and an account of who can still use what.
 
 The account knows nothing of how references work: it lists the handles in the hands of nodes that live, and those in
-messages between nodes that live. What is on that list must exist; what is not, must not, once everything has settled.
+messages on their way to nodes that live. What is on that list must exist; what is not, must not, once all has settled.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +17,23 @@ from fastref.testing import Network, Node
 
 __all__ = ["World"]
 
-Handle = tuple[int, RRef]  # number of the value, and a reference to it
+Handle = tuple[int, RRef]  # number of a value, and a reference to it
 
-_world: World | None = None  # the one whose functions run now
+_world: World | None = None  # whose functions run now
 
 
 class Thing:
     """A value with a number, and perhaps references to others. Its destruction is noted; that of a copy is not."""
 
-    def __init__(self, number: int, references: Sequence[Handle] = ()) -> None:
+    def __init__(self, number: int, references: list[RRef]) -> None:
         assert _world is not None
-        self.number, self.references, self.destroyed = number, list(references), _world.destroyed
-        _world.made[number] = self.references
+        self.number, self.references, self.destroyed = number, references, _world.destroyed
 
     def identify(self) -> int:
         return self.number
 
     def child(self, number: int) -> Any:
-        return make(number)
+        return _create(number, [])
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return Copy, (self.number,)
@@ -46,6 +44,8 @@ class Thing:
 
 @dataclass
 class Copy:
+    """What a fetch of a ``Thing`` gives."""
+
     number: int
 
 
@@ -58,69 +58,98 @@ class Parcel:
 
 @dataclass
 class Letter:
-    """References between two nodes."""
+    """References on their way from one node to another."""
 
     source: int
     target: int
     numbers: list[int]
-    in_ring: bool = False  # its sender died after it had published it
+    is_published: bool = False  # in the ring of its target; its source has died
 
 
-def make(number: int, references: Sequence[Handle] = ()) -> Any:
-    """The value of a number: one that is fetched from its owner, one in the descriptor, or one in a block."""
-    if number % 4 == 0:
-        return number
-    if number % 4 == 1:
-        return (number,) * 40
-    return Thing(number, references)
+@dataclass
+class Question:
+    """A call whose answer has not come."""
+
+    asker: int
+    asked: int
+    future: Future
+    names: list[int]  # values that the call names, besides those in its letter
+    letter: int | None = None
+    answer: Any = None
+    failure: type[Exception] | None = None
+    brings: bool = False  # the answer is the letter
+
+
+# ---- what runs on nodes
 
 
 def stow(letter: int, rank: int, package: Any) -> None:
-    """Keep what a letter brings on the shelf of the node where this runs."""
-    world = _here(rank)
-    numbers = world.letters.pop(letter).numbers
-    world.shelves[rank] += zip(numbers, unpack(package), strict=True)
+    """Keep what a letter brings on the shelf of this node."""
+    world = _on(rank)
+    world.shelves[rank] += zip(world.letters.pop(letter).numbers, _unpack(package), strict=True)
 
 
 def embed(letter: int, rank: int, number: int, package: Any) -> Any:
     """Make a value that holds what a letter brings."""
-    numbers = _here(rank).letters.pop(letter).numbers
-    return make(number, list(zip(numbers, unpack(package), strict=True)))
-
-
-def hand_out(letter: int, rank: int, target: int, choice: int, form: int) -> Any:
-    """Return references from the shelf of the node where this runs."""
-    world = _here(rank)
-    shelf = world.shelves[rank]
-    handles = shelf[choice % len(shelf) :][:3] if shelf else []
-    world.letters[letter] = Letter(rank, target, [number for number, _ in handles])
-    return pack([rref for _, rref in handles], form)
+    world = _on(rank)
+    inside = world.letters.pop(letter).numbers
+    if is_thing(number):
+        world.inside[number] = inside
+    return _create(number, _unpack(package))
 
 
 def refuse(letter: int, rank: int, package: Any) -> None:
-    """Fail after the references of a letter have arrived."""
-    _here(rank).letters.pop(letter)
+    """Fail when the references of a letter are here."""
+    _on(rank).letters.pop(letter)
     raise ValueError("refused")
 
 
-def pack(references: list[RRef], form: int) -> Any:
-    """Put references into a container: encoded directly, nested, or in an object that goes by pickle."""
+def hand_out(letter: int, rank: int, asker: int, choice: int, form: int) -> Any:
+    """Return references from the shelf of this node."""
+    world = _on(rank)
+    handles = world.shelves[rank][choice : choice + 3]
+    world.letters[letter] = Letter(rank, asker, [number for number, _ in handles])
+    return _pack(handles, form)
+
+
+def make(number: int) -> Any:
+    return _create(number, [])
+
+
+def _on(rank: int) -> World:
+    assert _world is not None and _world.network[rank].alive, f"a function ran on worker{rank}, which is dead"
+    return _world
+
+
+def _create(number: int, references: list[RRef]) -> Any:
+    """The value of a number: one in the descriptor, one in a block, or one that its owner alone can give."""
+    assert _world is not None and number not in _world.made, "a function ran twice"
+    _world.made.add(number)
+    return Thing(number, references) if is_thing(number) else _plain(number)
+
+
+def _plain(number: int) -> Any:
+    return number if number % 4 == 0 else (number,) * 40
+
+
+def is_thing(number: int) -> bool:
+    return number % 4 >= 2
+
+
+def _pack(handles: Sequence[Handle], form: int) -> Any:
+    """Put references into a list, deeper into containers, or into an object that goes by pickle."""
+    references = [rref for _, rref in handles]
     return (references, {"nested": [tuple(references)]}, Parcel(references))[form]
 
 
-def unpack(package: Any) -> list[RRef]:
+def _unpack(package: Any) -> list[RRef]:
     if isinstance(package, Parcel):
         return package.contents
     return package if isinstance(package, list) else list(package["nested"][0])
 
 
-def _here(rank: int) -> World:
-    assert _world is not None and _world.network[rank].alive, f"a function ran on worker{rank}, which is dead"
-    return _world
-
-
 class World:
-    """Nodes, their variables and shelves, and the account.
+    """Nodes, what they hold in variables and on shelves, and the account.
 
     Parameters
     ----------
@@ -133,97 +162,87 @@ class World:
         _world = self
         self.network = Network(count, bits=bits, capacity=capacity, window=4)
         for node in self.network:
-            node.default_timeout_s = 20.0  # beyond it something hangs
-        self.made: dict[int, list[Handle]] = {}
-        self.destroyed: set[int] = set()
+            node.default_timeout_s = 20.0  # what takes longer hangs
         self.owners: list[int] = []  # by number
-        self.makers: dict[int, int] = {}  # number -> who asked for it, until it is known to exist
+        self.makers: list[int] = []  # by number: who asked for the value
+        self.made: set[int] = set()
+        self.inside: dict[int, list[int]] = {}  # numbers of what a value holds references to
+        self.destroyed: set[int] = set()
+        self.void: set[int] = set()  # never made, or not for sure: who asked died before it could publish that
         self.variables: list[list[Handle]] = [[] for _ in range(count)]
         self.shelves: list[list[Handle]] = [[] for _ in range(count)]
         self.letters: dict[int, Letter] = {}
         self.letters_written = 0
-        self.answers: list[tuple[int, Future, Any]] = []  # (who asked, future, what it must say: see _take_answer)
-
-    def close(self) -> None:
-        global _world
-        _world = None
-
-    # ---- what nodes do
+        self.questions: list[Question] = []
 
     def living(self) -> list[int]:
         return [node.rank for node in self.network if node.alive]
 
     def within_reach(self, rank: int) -> list[Handle]:
+        """All that a node can use: what it was given, and what its functions kept."""
         return self.variables[rank] + self.shelves[rank]
 
+    # ---- what nodes do
+
     def new(self, rank: int) -> None:
-        number = self._number(rank)
-        value = make(number)
-        self.made.setdefault(number, [])
-        self.variables[rank].append((number, self.network[rank].new(value)))
+        number = self._number(rank, rank)
+        self.variables[rank].append((number, self.network[rank].new(make(number))))
 
     def remote(self, rank: int, target: int, handles: list[Handle], form: int) -> None:
-        """Have a value made elsewhere, perhaps one that holds references."""
-        number = self._number(target)
-        if handles:
-            letter = self._write(rank, target, handles)
-            call = (embed, (letter, target, number, pack([rref for _, rref in handles], form)))
-        else:
-            letter, call = None, (make, (number,))
-        self._create(rank, target, number, letter, lambda node: node.remote(target, *call))
+        """Have a value made elsewhere that may hold references."""
+        number = self._number(rank, target)
+        letter = self._write(rank, target, handles)
+        args = (letter, target, number, _pack(handles, form))
+        self._make_remotely(number, letter, target, lambda node: node.remote(target, embed, args))
 
     def child(self, rank: int, handle: Handle) -> None:
         """Have a value made by a method of another."""
         parent, rref = handle
-        if parent % 4 < 2:
-            return
-        target = self.owners[parent]
-        number = self._number(target)
-        self._create(rank, target, number, None, lambda node: rref.remote().child(number))
+        if is_thing(parent):
+            number = self._number(rank, self.owners[parent])
+            if parent in self.void:
+                self.void.add(number)
+            self._make_remotely(number, None, self.owners[parent], lambda node: rref.remote().child(number))
 
-    def pass_on(self, rank: int, target: int, handles: list[Handle], form: int, refused: bool) -> None:
-        """Hand references on as arguments, to be kept there, or to a function that fails."""
+    def hand_on(self, rank: int, target: int, handles: list[Handle], form: int, refused: bool) -> None:
+        """Give references as arguments to a function that keeps them, or to one that fails."""
         letter = self._write(rank, target, handles)
-        args = (letter, target, pack([rref for _, rref in handles], form))
-        with self._posting(rank, target, letter) as node:
-            future = node.rpc_async(target, refuse if refused else stow, args)
-            self.answers.append((rank, future, ValueError if refused else None))
+        function, failure = (refuse, ValueError) if refused else (stow, None)
+        args = (letter, target, _pack(handles, form))
+        self._ask(rank, target, [], lambda node: node.rpc_async(target, function, args), letter, failure=failure)
 
     def ask_for(self, rank: int, target: int, choice: int, form: int) -> None:
-        """Have references handed out as a result."""
+        """Get references as a result."""
         self.letters_written += 1
         letter = self.letters_written
-        with self._posting(rank, target, None) as node:
-            future = node.rpc_async(target, hand_out, (letter, target, rank, choice, form))
-            self.answers.append((rank, future, ("letter", letter)))
+        args = (letter, target, rank, choice, form)
+        self._ask(rank, target, [], lambda node: node.rpc_async(target, hand_out, args), letter, brings=True)
 
     def call_method(self, rank: int, handle: Handle) -> None:
         number, rref = handle
-        with self._posting(rank, self.owners[number], None):
-            kind = number % 4
-            if kind == 0:
-                future, expected = rref.rpc_async().conjugate(), number
-            elif kind == 1:
-                future, expected = rref.rpc_async().count(number), 40
-            else:
-                future, expected = rref.rpc_async().identify(), number
-            self.answers.append((rank, future, ("number", number, expected)))
+        if is_thing(number):
+            call, answer = (lambda node: rref.rpc_async().identify()), number
+        elif number % 4 == 0:
+            call, answer = (lambda node: rref.rpc_async().conjugate()), number
+        else:
+            call, answer = (lambda node: rref.rpc_async().count(number)), 40
+        self._ask(rank, self.owners[number], [number], call, answer=answer)
 
     def fetch(self, rank: int, handle: Handle) -> None:
+        """Get a copy, while all that is under way arrives."""
         number, rref = handle
         try:
             value = self.network.run(rref.to_here)
         except OwnerDied:
             assert not self.network[self.owners[number]].alive
+            return
         except ReferenceLost:
-            assert self.is_void(number)
+            assert number in self.void
+            return
+        if is_thing(number) and self.owners[number] == rank:
+            assert type(value) is Thing and value.number == number
         else:
-            expected: Any = make(number) if number % 4 < 2 else Copy(number)
-            if number % 4 >= 2 and self.owners[number] == rank:
-                assert type(value) is Thing and value.number == number
-            else:
-                assert value == expected
-        self.take_answers()
+            assert value == (Copy(number) if is_thing(number) else _plain(number))
 
     def drop(self, rank: int, index: int) -> None:
         del self.variables[rank][index]
@@ -231,17 +250,17 @@ class World:
     def clear_shelf(self, rank: int) -> None:
         self.shelves[rank].clear()
 
-    # ---- what happens to nodes
+    # ---- what happens to them
 
     def kill(self, rank: int, lose: bool, seen_by: list[int]) -> None:
         for number, letter in list(self.letters.items()):
             if letter.source == rank and lose:
                 del self.letters[number]
             elif letter.source == rank:
-                letter.in_ring = True
-        for number, maker in self.makers.items():
-            if maker == rank and not lose:
-                self.makers[number] = -1  # published: it will be made
+                letter.is_published = True
+        if lose:
+            self.void |= {number for number, maker in enumerate(self.makers) if maker == rank} - self.made
+        self.questions = [question for question in self.questions if question.asker != rank]
         self.network.kill(rank, lose=lose, seen_by=seen_by)
 
     # ---- the account
@@ -249,52 +268,98 @@ class World:
     def live(self) -> set[int]:
         """Numbers of the values that somebody can still use."""
         alive = [node.alive for node in self.network]
-        found: set[int] = set()
-        for rank in self.living():
-            found.update(number for number, _ in self.within_reach(rank))
+        waiting = [number for rank in self.living() for number, _ in self.within_reach(rank)]
         for letter in self.letters.values():
-            if alive[letter.target] and (alive[letter.source] or letter.in_ring):
-                found.update(letter.numbers)
-        found.update(number for number in self.makers if self.is_expected(number))
-        waiting = list(found)
-        while waiting:  # and of those that they hold
+            if alive[letter.target] and (alive[letter.source] or letter.is_published):
+                # One reference that is lost fails the whole call, and its references go.
+                waiting += () if self.void & set(letter.numbers) else letter.numbers
+        found: set[int] = set()
+        while waiting:
             number = waiting.pop()
-            if not alive[self.owners[number]]:
-                continue
-            inside = {kept for kept, _ in self.made.get(number, [])} - found
-            found |= inside
-            waiting += inside
-        return {number for number in found if alive[self.owners[number]]}
-
-    def is_void(self, number: int) -> bool:
-        """True for a value that was never made, because who asked for it died before it could."""
-        return number not in self.made and not self.is_expected(number)
-
-    def is_expected(self, number: int) -> bool:
-        raise NotImplementedError
+            if number not in found and alive[self.owners[number]]:
+                found.add(number)
+                waiting += self.inside.get(number, ())
+        return found
 
     def check(self) -> None:
         """What somebody can use exists."""
-        self.take_answers()
+        self._read_answers()
         lost = self.live() & self.destroyed
         assert not lost, f"values {sorted(lost)} are destroyed, and can still be used"
 
     def check_settled(self) -> None:
         """And what nobody can use does not."""
         self.network.settle()
-        self.take_answers()
-        self.network.settle()
         self.check()
-        things = {number for number in self.made if number % 4 >= 2 and self.network[self.owners[number]].alive}
-        left = things - self.live() - self.destroyed
+        self.network.settle()  # what came with the answers was perhaps not kept
+        assert not self.questions, "calls without an answer"
+        left = {number for number in self.made if is_thing(number) and self.network[self.owners[number]].alive}
+        left -= self.live() | self.destroyed
         assert not left, f"values {sorted(left)} exist, and nobody can use them"
-        assert not self.answers, "calls without an answer"
 
-    def check_empty(self) -> None:
-        """Everything is let go: nothing is left anywhere."""
+    def close(self) -> None:
+        """Let go of everything: nothing may be left anywhere."""
+        self.check_settled()  # what is under way fills shelves
         for rank in self.living():
             self.variables[rank].clear()
             self.shelves[rank].clear()
         self.check_settled()
         left = {rank: self.network[rank].holdings() for rank in self.living()}
         assert not any(left.values()), left
+
+    def _number(self, maker: int, owner: int) -> int:
+        self.owners.append(owner)
+        self.makers.append(maker)
+        return len(self.owners) - 1
+
+    def _write(self, source: int, target: int, handles: Sequence[Handle]) -> int:
+        self.letters_written += 1
+        self.letters[self.letters_written] = Letter(source, target, [number for number, _ in handles])
+        return self.letters_written
+
+    def _make_remotely(self, number: int, letter: int | None, target: int, call: Callable[[Node], RRef]) -> None:
+        node = self.network[self.makers[number]]
+        must_wait = target != node.rank and not node.credits(target)
+        try:
+            rref = self.network.run(lambda: call(node)) if must_wait else call(node)
+        except WorkerDied:
+            assert not self.network[target].alive
+            self.letters.pop(letter, None)
+        else:
+            self.variables[node.rank].append((number, rref))
+
+    def _ask(
+        self, asker: int, asked: int, names: list[int], call: Callable[[Node], Future], letter: int | None = None,
+        *, answer: Any = None, failure: type[Exception] | None = None, brings: bool = False,
+    ) -> None:  # fmt: skip
+        future = call(self.network[asker])
+        self.questions.append(Question(asker, asked, future, names, letter, answer, failure, brings))
+
+    def _read_answers(self) -> None:
+        still = []
+        for question in self.questions:
+            if question.future.done():
+                self._read_answer(question)
+            else:
+                still.append(question)
+        self.questions = still
+
+    def _read_answer(self, question: Question) -> None:
+        letter = None
+        if question.letter is not None and (question.brings or question.letter in self.letters):
+            letter = self.letters.pop(question.letter, None)
+        try:
+            answer = question.future.value()
+        except WorkerDied:
+            assert not self.network[question.asked].alive
+        except ReferenceLost:
+            assert self.void & {*question.names, *(letter.numbers if letter else ())}
+        except ValueError as error:
+            assert question.failure is ValueError, error
+        else:
+            assert question.failure is None
+            if question.brings:
+                assert letter is not None
+                self.variables[question.asker] += zip(letter.numbers, _unpack(answer), strict=True)
+            else:
+                assert answer == question.answer

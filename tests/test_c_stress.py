@@ -1,4 +1,4 @@
-"""The lock-free structures, driven from C by many threads: as shipped, under the thread and under the address sanitizer.
+"""The lock-free structures, driven from C by many threads: as shipped and under sanitizers.
 
 The programs are in ``tests/c``; each says what it tries. A lost wake-up hangs them, since they sleep without a limit.
 """
@@ -20,7 +20,11 @@ MODES = {
     "tsan": ["-O1", "-fsanitize=thread"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+ENVIRONMENT = {
+    "TSAN_OPTIONS": "halt_on_error=1",
+    "ASAN_OPTIONS": "detect_leaks=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
 
 
 @pytest.fixture(scope="session")

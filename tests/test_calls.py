@@ -12,10 +12,8 @@ import functools
 import math
 import operator
 import random
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -312,59 +310,6 @@ def test_a_nested_call_ends_with_the_call_around_it() -> None:
     assert isinstance(outcome, str)
     assert "RPC ran for more than" in outcome
     assert rpc.rpc_sync("w1", work.drop) == 1
-
-
-@contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise KeyboardInterrupt on the main thread after a while, as Ctrl-C does."""
-    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def wait_for_call(to: str) -> None:
-    rpc.rpc_sync(to, work.sleep, args=(SLOW_S,))
-
-
-def wait_for_future(to: str) -> None:
-    rpc.rpc_async(to, work.sleep, args=(SLOW_S,)).wait()
-
-
-def wait_for_value(to: str) -> None:
-    rpc.remote(to, work.SlowToMake, args=(SLOW_S,)).to_here()
-
-
-def wait_for_local_value(to: str) -> None:
-    rpc.remote("w0", work.SlowToMake, args=(SLOW_S,)).local_value()
-
-
-def wait_for_method(to: str) -> None:
-    rpc.remote(to, work.Counter).rpc_sync().sleep(SLOW_S)
-
-
-def wait_for_method_of_a_value_to_come(to: str) -> None:
-    rpc.remote(to, work.SlowToMake, args=(SLOW_S,)).rpc_sync().get()
-
-
-SLOW_S = 0.3
-WAITS = [
-    *(wait_for_call, wait_for_future, wait_for_value, wait_for_local_value),
-    *(wait_for_method, wait_for_method_of_a_value_to_come),
-]
-
-
-@pytest.mark.parametrize("to", ["w1", "w0"])
-@pytest.mark.parametrize("wait", WAITS)
-@in_job
-def test_ctrl_c_ends_any_wait(wait: Callable[[str], None], to: str) -> None:
-    with interrupted_after(0.05):
-        wait(to)
-    assert rpc.rpc_sync("w2", work.add, args=(1, 2)) == 3
 
 
 # ---- how deep

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import fastref.rpc as rpc
-from fastref.errors import CallTimeout, OwnerDied, RemoteError, RendezvousError, WorkerDied
+from fastref.errors import OwnerDied, RemoteError, RendezvousError, WorkerDied
 from tests import puppets
 from tests.leaks import take_holdings
-from tests.puppets import Cell, Troupe, troupe  # noqa: F401
+from tests.puppets import Cell, Troupe, get_through, troupe_fixture  # noqa: F401
 
 PROGRAM_PATIENCE_S = 60.0
 SOON_S = 0.3  # for a call to get where it waits
@@ -237,10 +237,6 @@ def test_the_references_of_a_killed_worker_go(troupe: Troupe) -> None:
     troupe.leave([owner, third])
 
 
-def get_through(label: str) -> Any:
-    return puppets.kept(label).rpc_sync().get()
-
-
 _destroyed = 0
 
 
@@ -448,121 +444,6 @@ def test_survivors_start_again_with_a_new_worker_in_the_place_of_the_dead(troupe
     troupe.leave([w0, victim, w2])
 
 
-# ---- workers that are stopped
-
-
-def test_a_stopped_worker_goes_on_as_if_nothing_had_been(troupe: Troupe) -> None:
-    w0, w1, w2 = troupe.start(3)
-    w0.do(puppets.keep_result, "cell", rpc.remote, "w1", Cell, (5,))
-    w1.do(puppets.keep_result, "cell", rpc.remote, "w0", Cell, (6,))
-    w0.do(get_through, "cell")
-    w1.do(get_through, "cell")
-    w0.order(rpc.rpc_sync, "w1", puppets.make_slowly, (0.2, 1))
-    w2.order(flood, "w1", 200)
-    w1.stop()
-    time.sleep(1.0)
-    w1.go_on()
-    assert w0.outcome() == 1
-    assert w2.outcome() == 200
-    assert w0.do(get_through, "cell") == 5
-    assert w1.do(get_through, "cell") == 6
-    for puppet in (w0, w1):
-        puppet.do(puppets.drop_all)
-    for puppet in (w0, w1):
-        puppet.do(puppets.wait_until_entries, 0)
-    troupe.leave([w0, w1, w2])
-
-
-def flood(to: str, count: int) -> int:
-    """Send many calls at once; return how many were answered as they should be."""
-    futures = [rpc.rpc_async(to, puppets.echo, (i,)) for i in range(count)]
-    return sum(future.wait() == i for i, future in enumerate(futures))
-
-
-def flood_without_waiting(to: str, count: int, size_bytes: int) -> None:
-    puppets.keep("flood", [rpc.rpc_async(to, puppets.echo, (b"x" * size_bytes,), timeout=0) for _ in range(count)])
-
-
-def test_a_stopped_owner_stops_nobody_else(troupe: Troupe) -> None:
-    """Its references can still be taken, handed on and dropped, its published values read."""
-    owner, w1, w2 = troupe.start(3)
-    w1.do(puppets.keep_result, "number", rpc.remote, "w0", puppets.echo, (42,))
-    assert w1.do(puppets.call_kept, "number", "to_here") == 42
-    w1.do(puppets.hand_on, "number", "w2")
-    owner.stop()
-    assert w1.do(rpc.rpc_sync, "w2", puppets.echo, (1,)) == 1
-    w1.do(puppets.hand_on, "number", "w2", "again")
-    assert w2.do(puppets.call_kept, "again", "to_here") == 42
-    w2.do(puppets.drop, "again")
-    assert w2.do(flood, "w1", 500) == 500
-    owner.go_on()
-    for puppet in (w1, w2):
-        puppet.do(puppets.drop_all)
-    owner.do(puppets.wait_until_entries, 0)
-    troupe.leave([owner, w1, w2])
-
-
-def test_a_stopped_caller_whose_answers_fill_its_ring_holds_up_nobody_else(troupe: Troupe) -> None:
-    owner, stopped, third = troupe.start(3)
-    stopped.do(rpc.rpc_sync, "w0", puppets.nothing)
-    stopped.do(flood_without_waiting, "w0", 60, 2000)
-    stopped.do(keep_many_calls_coming, "w0", 200)
-    stopped.stop()
-    time.sleep(SOON_S)
-    assert third.do(flood, "w0", 500) == 500
-    assert third.do(rpc.rpc_sync, "w0", puppets.process_id) == owner.pid
-    stopped.go_on()
-    assert stopped.do(flood, "w0", 100) == 100
-    troupe.leave([owner, stopped, third])
-
-
-def keep_many_calls_coming(to: str, count: int) -> None:
-    """Calls whose answers, twenty times larger, cannot all lie in one ring."""
-    puppets.keep("many", [rpc.rpc_async(to, make_bytes, (3000, 0.1), timeout=0) for _ in range(count)])
-
-
-def make_bytes(size_bytes: int, delay_s: float) -> bytes:
-    time.sleep(delay_s)
-    return b"x" * size_bytes
-
-
-def fill_ring_of(to: str) -> None:
-    """Send to a stopped worker until there is no room, and go on doing something else."""
-    with pytest.raises(CallTimeout):
-        while True:
-            rpc.rpc_async(to, puppets.echo, (b"x" * 2000,), timeout=0.2)
-
-
-def test_a_death_is_noticed_while_a_stopped_worker_cannot_be_told_of_it(troupe: Troupe) -> None:
-    w0, stopped, first, second = troupe.start(4)
-    w0.do(rpc.rpc_sync, "w1", puppets.nothing)
-    stopped.stop()
-    w0.do(fill_ring_of, "w1")
-    for victim, name in ((first, "w2"), (second, "w3")):
-        w0.order(rpc.rpc_sync, name, puppets.sleep, (100,), None, 0)
-        time.sleep(SOON_S)
-        victim.kill()
-        with pytest.raises(WorkerDied, match=name):
-            w0.outcome()
-    stopped.go_on()
-    assert w0.do(rpc.rpc_sync, "w1", puppets.echo, (1,)) == 1
-    for puppet in (w0, stopped):
-        puppet.do(puppets.wait_until_dead, "w3")
-    assert w0.do(wait_until_removed, 2)
-    troupe.leave([w0, stopped])
-
-
-def wait_until_removed(count: int, patience_s: float = 20.0) -> bool:
-    """Wait until nothing of the dead, of whom there are ``count``, is left in this process's table."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        figures = puppets.snapshot()
-        if sum(peer["dead"] for peer in figures["peers"].values()) == count and not figures["dead"]:
-            return True
-        assert time.monotonic() < deadline, figures["dead"]
-        time.sleep(0.01)
-
-
 # ---- the death of an owner
 
 
@@ -578,14 +459,47 @@ def test_the_death_of_its_owner_ends_a_reference_everywhere_and_harms_nobody(tro
         with pytest.raises(OwnerDied, match="w0"):
             puppet.do(puppets.call_kept, "cell", "to_here")
         assert puppet.do(puppets.call_kept, "cell", "owner_name") == "w0"
-        # What was published lies in memory that is still mapped.
-        assert puppet.do(puppets.call_kept, "number", "to_here") == 42
+        # Its memory is still mapped, but a value without an owner would be one that lives by chance.
+        with pytest.raises(OwnerDied, match="w0"):
+            puppet.do(puppets.call_kept, "number", "to_here")
     w1.do(puppets.hand_on, "cell", "w2", "after")
     with pytest.raises(OwnerDied, match="w0"):
         w2.do(puppets.call_kept, "after", "to_here")
     for puppet in (w1, w2):
         puppet.do(puppets.drop_all)
     troupe.leave([w1, w2])
+
+
+def wait_for_failure(to: str, witness: rpc.RRef) -> None:
+    """Keep a reference in the frame that waits for a call that fails."""
+    future = rpc.rpc_async(to, int, ("no number",))
+    future.wait()
+
+
+def test_a_failed_future_keeps_nothing_alive(troupe: Troupe) -> None:
+    """The exception knows the frame it went through, and the frame knows the future that has the exception."""
+    w0, w1 = troupe.start(2)
+    with pytest.raises(ValueError, match="no number"):
+        w0.do(make_reference_and, wait_for_failure)
+    w1.do(puppets.wait_until_entries, 0)
+    troupe.leave([w0, w1])
+
+
+def test_a_callback_may_look_at_the_failed_future_it_is_called_with(troupe: Troupe) -> None:
+    w0, w1 = troupe.start(2)
+    with pytest.raises((ValueError, RuntimeError), match="no number"):
+        w0.do(make_reference_and, wait_for_failed_callback)
+    w1.do(puppets.wait_until_entries, 0)
+    troupe.leave([w0, w1])
+
+
+def make_reference_and(wait: Callable) -> None:
+    wait("w1", rpc.remote("w1", Cell))
+
+
+def wait_for_failed_callback(to: str, witness: rpc.RRef) -> None:
+    future = rpc.rpc_async(to, int, ("no number",))
+    future.then(lambda done: done.wait()).wait()
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -18,7 +18,7 @@ import fastref.rpc as rpc
 from fastref.errors import ForkedProcessError, PeerError
 from fastref.rref import current_wiring
 from tests import puppets
-from tests.puppets import Cell, Troupe, troupe  # noqa: F401
+from tests.puppets import Cell, Troupe, troupe_fixture  # noqa: F401
 
 CHILD_PATIENCE_S = 30.0
 # Pins are looked at every 100 ms.
@@ -68,7 +68,7 @@ def everything_still_works() -> None:
     assert puppets.kept("number").to_here() == 42
     assert puppets.kept("mine").to_here().value == 7
     assert puppets.kept("private").to_here().value == 8
-    assert rpc.rpc_sync("w1", puppets.use_kept, ("theirs",)) == 7
+    assert rpc.rpc_sync("w1", puppets.get_through, ("theirs",)) == 7
 
 
 TOUCHES: dict[str, Callable[[], Any]] = {
@@ -96,7 +96,9 @@ TOUCHES: dict[str, Callable[[], Any]] = {
             "confirmed_by_owner": lambda r: r.confirmed_by_owner(),
         }.items()
     },
-    **{f"{label}.local_value": (lambda label=label: puppets.kept(label).local_value()) for label in ("mine", "private")},
+    **{
+        f"{label}.local_value": (lambda label=label: puppets.kept(label).local_value()) for label in ("mine", "private")
+    },
 }
 
 

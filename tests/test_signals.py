@@ -13,7 +13,7 @@ import pytest
 import fastref.rpc as rpc
 from fastref.errors import FastrefError
 from tests import puppets
-from tests.puppets import Cell, Troupe, troupe  # noqa: F401
+from tests.puppets import Cell, Troupe, troupe_fixture  # noqa: F401
 
 DELAY_S = 0.3  # for a call to get where it waits
 LONG_S = 20.0  # how long what is waited for takes; far more than the interruption

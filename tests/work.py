@@ -147,6 +147,12 @@ class Counter:
     def sleep(self, seconds: float) -> float:
         return sleep(seconds)
 
+    def add_value_of(self, rref: rpc.RRef) -> int:
+        return self.add(rref.rpc_sync().get())
+
+    def reference(self) -> rpc.RRef:
+        return rpc.RRef(self)
+
     @classmethod
     def of_class(cls, value: int) -> tuple[str, int]:
         return cls.__name__, value
@@ -187,6 +193,9 @@ class Traced:
 
     def count(self) -> int:
         return len(self.held)
+
+    def itself(self) -> Traced:
+        return self
 
 
 def traced_alive() -> int:
@@ -272,3 +281,41 @@ def figures(*path: str) -> Any:
     for key in path:
         found = found[key]
     return found
+
+
+def value_of(rref: rpc.RRef) -> Any:
+    return rref.local_value()
+
+
+def entry_of(rref: rpc.RRef) -> tuple[int, int]:
+    """Find the only entry, index and generation, that this process holds on the owner of a reference."""
+    holder = current_wiring().peers[rref.owner().id].holder
+    (index,) = [index for index in range(4096) if holder.count(index)]
+    return index, holder.generation(index)
+
+
+class Name(str):
+    """A string that is not quite a string."""
+
+
+def sleep_and_echo(seconds: float, value: Any) -> Any:
+    time.sleep(seconds)
+    return value
+
+
+def same_memory(a: Any, b: Any) -> bool:
+    return a.data_ptr() == b.data_ptr()
+
+
+def checksum(tensor: Any) -> int:
+    return int(tensor.sum())
+
+
+def checksum_kept() -> int:
+    return checksum(kept[-1])
+
+
+def keep_and_fill(array: Any, value: Any) -> None:
+    """Keep an array, and change all of its elements."""
+    array[...] = value
+    keep(array)

@@ -77,13 +77,13 @@ static int next(struct message *message, uint32_t *awaited)
     return 0;
 }
 
+/* An empty ring's bit would wake a follower for nothing, and hide a wake-up that was lost. */
 static void put_back(void)
 {
-    for (unsigned word = 0; word < FR_READY_WORDS; word++)
-        if (pending[word]) {
-            fr_or(&serving.bell->ready[word], pending[word]);
-            pending[word] = 0;
-        }
+    for (unsigned i = 0; i < PRODUCERS; i++)
+        if (pending[0] >> i & 1 && !fr_ring_is_empty(&sources[i].consumer))
+            fr_or(&serving.bell->ready[0], (uint64_t)1 << i);
+    memset(pending, 0, sizeof pending);
 }
 
 static void handle(const struct message *message, uint32_t awaited, uint64_t *state)

@@ -1,0 +1,53 @@
+"""Whatever nodes do with references, and whoever dies: nothing that can be used is destroyed, and nothing else is kept.
+
+The nodes are real runtimes in one process; the frames between them arrive when the test says so. ``bits`` is how many of
+them share tables: the rest go by messages.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from tests.reference_actions import CHOICES, Actions, walk
+from tests.reference_world import World
+
+WALKS, STEPS = 500, 50  # for each number of bits: 100,000 steps in all
+
+ACTIONS = [name for name, weight in Actions.weights.items() for _ in range(weight)]
+
+
+class ReferenceMachine(RuleBasedStateMachine):
+    """The same actions, chosen and made small by hypothesis."""
+
+    @initialize(count=st.integers(2, 4), bits=st.sampled_from([61, 2, 1, 0]))
+    def start(self, count: int, bits: int) -> None:
+        self.world = World(count, bits, 64)
+        self.actions = Actions(self.world)
+
+    @rule(
+        action=st.sampled_from(ACTIONS),
+        who=st.integers(0, 3),
+        to=st.integers(0, 3),
+        choice=st.integers(0, 15),
+        variant=st.integers(0, CHOICES - 1),
+    )
+    def act(self, action: str, who: int, to: int, choice: int, variant: int) -> None:
+        self.actions.take(action, who, to, choice, variant)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.close()
+
+
+def test_no_short_history_breaks_a_reference() -> None:
+    examples = settings(max_examples=100, stateful_step_count=25, derandomize=True)
+    run_state_machine_as_test(ReferenceMachine, settings=examples)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 61])
+def test_no_random_history_breaks_a_reference(bits: int) -> None:
+    for seed in range(WALKS):
+        walk(seed, bits, STEPS)
