@@ -132,9 +132,10 @@ cdef class ForkData:
 cdef class Holder:
     cdef fr_holder h
     cdef object _regions
+    cdef readonly object gone           # deque of (index, generation), without a bit: entries whose last count went
 
     cdef int take(self, uint32_t index, uint32_t generation) noexcept nogil
-    cdef int drop(self, uint32_t index) noexcept nogil
+    cdef int drop(self, uint32_t index) noexcept
     cdef bint has(self, uint32_t index) noexcept nogil
     cdef uint32_t _checked(self, index) except? 0xFFFFFFFF
     cdef bint _taken(self, int result, index, generation) except -1
@@ -164,4 +165,4 @@ cdef class PinQueue:
     cdef dict _kept
 
     cdef int push(self, uint64_t position, Holder holder, uint32_t index) except -1
-    cdef int release_until(self, uint64_t position) noexcept nogil
+    cdef int release_until(self, uint64_t position) noexcept

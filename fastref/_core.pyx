@@ -3,6 +3,9 @@
 Nothing here opens, maps or starts anything: the table works on memory that it is given.
 """
 
+from collections import deque
+
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport errno
 from libc.stdint cimport UINT32_MAX
@@ -266,6 +269,9 @@ cdef int _regions_at(fr_regions* at, object hold, object descriptors, uint32_t c
     return 0
 
 
+# Not seen by the garbage collector: it would let go of the memory that the regions lie in before the handles that end in
+# the same collection have written to it. Nothing in here refers back, so no cycle is missed.
+@cython.no_gc
 cdef class Holder:
     """What one process holds of one owner's table: private counts beside one bit in each shared word.
 
@@ -287,6 +293,7 @@ cdef class Holder:
         if peer is not None and not 0 <= peer < BITS:
             raise UsageError(f"a table names peers 0 to {BITS - 1}, got {peer}")
         self.h.bit = 0 if peer is None else <uint64_t>1 << peer
+        self.gone = deque()
         self.h.held = <fr_held*>calloc(capacity, sizeof(fr_held))
         if self.h.held == NULL:
             raise MemoryError()
@@ -302,8 +309,17 @@ cdef class Holder:
             return FR_LOST
         return fr_holder_acquire(&self.h, index, generation)
 
-    cdef int drop(self, uint32_t index) noexcept nogil:
-        return fr_holder_release(&self.h, index) if index < self.h.at.capacity else FR_LOST
+    cdef int drop(self, uint32_t index) noexcept:
+        """Let one count go; without a bit, note when it was the last: the owner has to be told."""
+        cdef uint32_t generation
+        cdef int result
+        if index >= self.h.at.capacity:
+            return FR_LOST
+        generation = self.h.held[index].generation  # does not change while we have a count
+        result = fr_holder_release(&self.h, index)
+        if not self.h.bit and result == FR_LAST:
+            self.gone.append((index, generation))
+        return result
 
     cdef bint has(self, uint32_t index) noexcept nogil:
         return index < self.h.at.capacity and self.h.held[index].count != 0
@@ -376,6 +392,7 @@ cdef class Holder:
         return result == FR_FIRST
 
 
+@cython.no_gc  # as Holder
 cdef class ReferenceTable:
     """The owner's table: opens entries, closes those that nobody holds, takes the dead out.
 
@@ -626,7 +643,7 @@ cdef class ReferenceTable:
 
 cdef struct Pin:
     uint64_t position
-    fr_holder* holder
+    void* holder            # a Holder, kept by the queue
     uint32_t index
 
 
@@ -660,12 +677,12 @@ cdef class PinQueue:
             free(self.pins)
             self.pins, self.room, self.head = pins, room, 0
         pins = &(<Pin*>self.pins)[(self.head + self.count) % self.room]
-        pins.position, pins.holder, pins.index = position, &holder.h, index
+        pins.position, pins.holder, pins.index = position, <void*>holder, index
         self.count += 1
         pthread_mutex_unlock(&self.lock)
         return 0
 
-    cdef int release_until(self, uint64_t position) noexcept nogil:
+    cdef int release_until(self, uint64_t position) noexcept:
         """Let go of every pin at or before ``position``; returns how many."""
         cdef int released = 0
         cdef Pin pin
@@ -678,7 +695,7 @@ cdef class PinQueue:
             self.head = (self.head + 1) % self.room
             self.count -= 1
             pthread_mutex_unlock(&self.lock)
-            fr_holder_release(pin.holder, pin.index)
+            (<Holder>pin.holder).drop(pin.index)
             released += 1
         return released
 

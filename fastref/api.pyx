@@ -89,9 +89,12 @@ def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | N
         if current_wiring() is not None:
             current_wiring().check_process()
             raise UsageError("RPC is already initialized")
-        runtime = Runtime(name, rank, world_size, options, count=_joined)
+        try:
+            Runtime(name, rank, world_size, options, count=_joined, before_serving=set_current_wiring)
+        except BaseException:
+            set_current_wiring(None)
+            raise
         _joined += 1
-        set_current_wiring(runtime)
     return Session()
 
 

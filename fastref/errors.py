@@ -110,11 +110,18 @@ class RemoteError(FastrefError):
     ----------
     remote_traceback : str
         The traceback as text, formatted where the function ran.
+    shown : str
+        The original's ``repr``, made there too.
     __cause__ : BaseException or None
         The original exception, when it could be pickled.
     """
 
     remote_traceback: str = ""
+    shown: str = ""  # the original's repr, made where it was raised
+    _original: type | None = None
+
+    def __repr__(self) -> str:
+        return self.shown or f"{type(self).__name__}({str(self)!r})"
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""

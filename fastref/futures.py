@@ -34,9 +34,16 @@ class Future(torch.futures.Future[T]):
         KeyboardInterrupt
             On Ctrl-C; the call goes on.
         """
-        if self._pending is not None:
+        if self._pending is not None and not self.done():  # done inside its own callbacks already
             self._pending.wait()
         return super().wait()
+
+    def set_exception(self, result: BaseException) -> None:
+        """Mark it as failed: ``wait`` and ``value`` raise a fresh exception like ``result`` each time."""
+        # The stored one would remember in its traceback every frame that waited, and never let go of what they hold:
+        # the garbage collector does not see into a torch future.
+        self._set_unwrap_func(_raise_fresh)
+        self.set_result(result)
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():
@@ -53,3 +60,14 @@ class Future(torch.futures.Future[T]):
             self.add_done_callback(tell)
             yield from arrived
         return self.value()
+
+
+def _raise_fresh(stored: BaseException) -> None:
+    fresh = type(stored).__new__(type(stored), *stored.args)
+    fresh.args = stored.args
+    fresh.__dict__.update(stored.__dict__)
+    fresh.__cause__, fresh.__suppress_context__ = stored.__cause__, stored.__suppress_context__
+    try:
+        raise fresh
+    finally:
+        del fresh  # it remembers this frame

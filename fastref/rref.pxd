@@ -31,7 +31,6 @@ cdef class Wiring:
     cdef object local(self, RRef rref, double timeout_s)
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)
     cdef object worker(self, uint16_t rank)
-    cdef void let_go(self, RRef rref) noexcept
     cdef bint confirmed(self, RRef rref) except -1
 
 

@@ -7,7 +7,7 @@ references stay below channels, codec and threads.
 cimport cython
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 
-from fastref._core cimport FR_LAST, Holder, fr_fork
+from fastref._core cimport Holder, fr_fork
 from fastref._core import GloballyUniqueId
 from fastref.errors import ForkedProcessError, NotInitialized, UsageError
 
@@ -82,9 +82,6 @@ cdef class Wiring:
     cdef object worker(self, uint16_t rank):
         raise NotImplementedError
 
-    cdef void let_go(self, RRef rref) noexcept:
-        pass
-
     cdef bint confirmed(self, RRef rref) except -1:
         raise NotImplementedError
 
@@ -133,12 +130,8 @@ cdef class RRef:
 
     def __dealloc__(self):
         # No message, no lock but the private one: drop a count, perhaps a bit, perhaps leave a note for the runtime.
-        cdef int result
-        if self.holder is None or self.wiring is None or self.wiring.fork_count != fr_forks:
-            return
-        result = self.holder.drop(self.fork.index)
-        if not self.holder.h.bit and result == FR_LAST:
-            self.wiring.let_go(self)
+        if self.holder is not None and self.wiring is not None and self.wiring.fork_count == fr_forks:
+            self.holder.drop(self.fork.index)
 
     cdef int _usable(self, what) except -1:
         self.wiring.check()
@@ -152,14 +145,17 @@ cdef class RRef:
 
     def owner(self):
         """Return the ``WorkerInfo`` of the worker where the value lives."""
+        self.wiring.check()
         return self.wiring.worker(self.fork.owner)
 
     def owner_name(self) -> str:
         """Return the name of the worker where the value lives."""
+        self.wiring.check()
         return self.wiring.worker(self.fork.owner).name
 
     def confirmed_by_owner(self) -> bool:
         """True once the owner has the value, or knows that it never will."""
+        self.wiring.check()
         return self.owned is not None or self.wiring.confirmed(self)
 
     def to_here(self, timeout: float = -1.0):

@@ -13,8 +13,8 @@ death::
     assert future.value() == 1024
 
 What it does not do: functions run on the thread that delivers, so one that waits for another worker waits for ever; no
-runtime is the current one while they run, so ``RRef(value)`` inside them is refused; nothing is published by tensors'
-storage or crosses a real ring. Tests of those need processes.
+runtime is the current one while they run, so ``RRef(value)`` inside them is refused; and there are no real rings,
+threads, signals or processes to go wrong. Tests of those need workers.
 """
 
 from __future__ import annotations
@@ -227,10 +227,11 @@ class Node(RuleKeeper):
         self.bits = bits
         self.main_digest = ""
         self.capacity = capacity
+        # Mappings, as in a real worker: pages come when they are touched, and a use after the end is seen at once.
         hold_bytes, descriptor_bytes = table_sizes(capacity)
-        self.regions = bytearray(hold_bytes), bytearray(descriptor_bytes)
-        self.slot_memory = bytearray(slot_bytes(SLOTS))
-        self.arena_memory = mmap.mmap(-1, ARENA_BYTES)  # pages come when they are touched
+        self.regions = mmap.mmap(-1, hold_bytes), mmap.mmap(-1, descriptor_bytes)
+        self.slot_memory = mmap.mmap(-1, slot_bytes(SLOTS))
+        self.arena_memory = mmap.mmap(-1, ARENA_BYTES)
         super().__init__(
             rank, WorkerInfo(f"worker{rank}", rank), [], Inbox(bytearray(BELL_BYTES)),
             ResponseSlots(self.slot_memory, SLOTS), Arena(self.arena_memory, lambda offset, size_bytes: None),

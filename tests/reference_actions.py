@@ -16,10 +16,11 @@ class Actions:
     """One method per action. All take (who, to, choice, variant), and ignore what they need not."""
 
     # How often a walk takes each. Frames arrive a little more slowly than they are sent.
-    weights = dict(
-        new=6, remote=6, child=3, hand_on=8, give_away=10, ask_for=5, call_method=4, fetch=2, drop=6, clear_shelf=4,
-        deliver=20, tick=8, settle=1, kill=1, give_all_and_die=2, notice=3,
-    )  # fmt: skip
+    weights = {
+        "new": 6, "remote": 6, "child": 3, "hand_on": 8, "give_away": 10, "ask_for": 5, "call_method": 4, "fetch": 2,
+        "drop": 6, "clear_shelf": 4, "deliver": 20, "tick": 8, "settle": 1, "kill": 1, "give_all_and_die": 2,
+        "notice": 3,
+    }  # fmt: skip
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -1,7 +1,7 @@
 """Whatever nodes do with references, and whoever dies: nothing that can be used is destroyed, and nothing else is kept.
 
-The nodes are real runtimes in one process; the frames between them arrive when the test says so. ``bits`` is how many of
-them share tables: the rest go by messages.
+The nodes are real runtimes in one process; the frames between them arrive when the test says so. ``bits`` is how many
+of them share tables: the rest go by messages.
 """
 
 from __future__ import annotations

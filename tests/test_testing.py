@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from typing import Any
@@ -228,3 +229,19 @@ def test_more_remote_calls_than_entries_opened_ahead_wait_for_more() -> None:
     network = Network(2, window=2)
     rrefs = network.run(lambda: [network[0].remote(1, echo, (number,)) for number in range(20)])
     assert [network.run(rref.to_here) for rref in rrefs] == list(range(20))
+
+
+def end_in_the_collector() -> None:
+    """Leave a network with handles alive to the garbage collector, all in one cycle."""
+    for bits in (61, 0):
+        network = Network(2, bits=bits)
+        rref = network.run(lambda network=network: network[1].remote(0, Box))
+        network.settle()
+        cycle = [network, rref]
+        cycle.append(cycle)
+        del network, rref, cycle
+        gc.collect()
+
+
+def test_handles_that_end_in_the_garbage_collector_find_their_table(spawn_workers: Any) -> None:
+    spawn_workers(end_in_the_collector, [()]).join()

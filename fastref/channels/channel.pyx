@@ -230,7 +230,16 @@ cdef class Inbox:
     cdef void put_back(self) noexcept nogil:
         """Give the ready bits of what was not drained back to the bell."""
         cdef unsigned i
+        cdef uint64_t left, bit
         for i in range(FR_READY_WORDS):
+            left = self.pending[i]
+            while left:
+                bit = left & (0 - left)
+                left ^= bit
+                # Not for a source that is empty: its bit would wake a follower for nothing. A record that is published
+                # from here on finds the bit unset, and its sender sets it.
+                if self.is_empty(i << 6 | __builtin_ctzll(bit)):
+                    self.pending[i] ^= bit
             if self.pending[i]:
                 fr_or(&self.bell.ready[i], self.pending[i])  # SYNC: before the token is passed on
                 self.pending[i] = 0
@@ -238,9 +247,13 @@ cdef class Inbox:
     cdef bint is_empty(self, uint32_t which) noexcept nogil:
         """True when nothing of ``which`` is left to read. With the drain token."""
         cdef Source* source = &self.sources[which]
+        cdef bint empty
         if source.kind == RING:
             return fr_ring_is_empty(&source.consumer)
-        return source.first == NULL
+        pthread_mutex_lock(&self.queue_lock)
+        empty = source.first == NULL
+        pthread_mutex_unlock(&self.queue_lock)
+        return empty
 
     cdef int enqueue(self, uint32_t which, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                      uint64_t position) noexcept nogil:

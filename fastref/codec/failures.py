@@ -1,4 +1,4 @@
-"""Exceptions on their way to the caller: the exception itself, its traceback as text, and torch's wording."""
+"""Exceptions on their way to the caller: the exception or its class, its traceback as text, and torch's wording."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
-import cloudpickle
-
+from fastref.codec import mainmodule
+from fastref.codec.pickling import dumps, loads
 from fastref.errors import RemoteError
 
 __all__ = ["encode_failure", "decode_failure", "raised_again"]
@@ -18,75 +18,124 @@ __all__ = ["encode_failure", "decode_failure", "raised_again"]
 logger = logging.getLogger("fastref")
 
 LONGEST_TEXT = 1 << 20  # characters of traceback that travel; a recursion error can have far more
+# What OSError keeps outside its __dict__.
+_SLOTS = ("errno", "strerror", "filename", "filename2")
 
 
 def encode_failure(error: BaseException, worker: Any) -> bytes:
     """Return what the caller needs to raise ``error`` again. ``worker``: where it was raised."""
-    text = f"On {worker}:\n{_safely(repr, error)}\n{_traceback(error)}"[:LONGEST_TEXT]
     original = error
-    if isinstance(error, RemoteError) and error.__cause__ is not None:
-        original = error.__cause__  # raised further away; its type is what callers look for
-    return pickle.dumps((text, _traceback(error)[:LONGEST_TEXT], _pickled(original)))
+    kind = type(error)
+    if isinstance(error, RemoteError):  # raised further away; its type is what callers look for
+        original = error.__cause__ or error
+        kind = getattr(kind, "_original", kind)
+    shown, trace = _safely(repr, error)[:LONGEST_TEXT], _traceback(error)[:LONGEST_TEXT]
+    forms = [("", _pickled(original, False), _pickled(kind, False))]
+    if mainmodule.owns(kind):  # by name for callers that run the same script, by value for others
+        forms.insert(0, (mainmodule.fingerprint(), _pickled(original, True), _pickled(kind, True)))
+    return pickle.dumps((str(worker), shown, trace, forms))
 
 
 def decode_failure(data: bytes) -> BaseException:
     """Return the exception to raise on the caller: a ``RemoteError`` and, where possible, the original's type too."""
-    text, remote_traceback, pickled = pickle.loads(data)
-    original = None
-    if pickled is not None:
-        try:
-            original = pickle.loads(pickled)
-        except Exception as error:  # its class is not here, or does not like its own arguments
-            text += f"\n(the exception itself could not be rebuilt here: {_safely(repr, error)})"
-    if not isinstance(original, BaseException):
-        original = None
-    return raised_again(original, text, remote_traceback)
+    worker, shown, remote_traceback, forms = pickle.loads(data)
+    text = f"On {worker}:\n{shown}\n{remote_traceback}"
+    script = mainmodule.fingerprint()
+    instance, kind = next((one, other) for digest, one, other in forms if digest in ("", script))
+    original = _unpickled(instance, BaseException)
+    kind = _unpickled(kind, type) if original is None else type(original)
+    return raised_again(kind, original, text, remote_traceback, shown)
 
 
-def raised_again(original: BaseException | None, text: str, remote_traceback: str) -> RemoteError:
-    """Make the exception that a caller sees from what the callee raised."""
-    kind = RemoteError
-    if isinstance(original, Exception):  # SystemExit and its like must not end the caller too
-        kind = _both(type(original))  # type: ignore[arg-type]  # every class is hashable
+def raised_again(
+    kind: type | None, original: BaseException | None, text: str, remote_traceback: str, shown: str
+) -> RemoteError:
+    """Make the exception that a caller sees from what the callee raised.
+
+    Parameters
+    ----------
+    kind : type or None
+        The class of what was raised; None when it is not known here.
+    original : BaseException or None
+        What was raised; None when it could not be pickled.
+    text, remote_traceback, shown : str
+        The message, the traceback where the function ran, and the original's ``repr``.
+    """
+    both = RemoteError
+    if kind is not None and issubclass(kind, Exception):  # SystemExit and its like must not end the caller too
+        both = _both(kind)
     try:
-        error = kind.__new__(kind, text)
+        # The original's own __new__: that of RemoteError refuses to make instances with another layout.
+        parts = original.args[1:] if isinstance(original, BaseExceptionGroup) else ()
+        error = cast(RemoteError, kind.__new__(both, text, *parts)) if both is not RemoteError else RemoteError(text)
         error.args = (text,)
         if original is not None:
             error.__dict__.update(original.__dict__)
-    except Exception:  # a class whose instances cannot be made without its own __init__
+            if isinstance(original, OSError):
+                for name in _SLOTS:
+                    setattr(error, name, getattr(original, name))
+    except Exception as refusal:  # a class whose instances cannot be made without its own __init__
+        logger.debug("%s refused: %s", both.__qualname__, type(refusal).__qualname__)
         error = RemoteError(text)
-    error.remote_traceback = remote_traceback
+    # Past the class's own __setattr__, which may refuse.
+    error.__dict__.update(remote_traceback=remote_traceback, shown=shown)
     error.__cause__ = original
     return error
 
 
 @functools.lru_cache(maxsize=256)
-def _both(original: type[BaseException]) -> type[RemoteError]:
+def _both(original: type[Exception]) -> type[RemoteError]:
     if issubclass(original, RemoteError):
         return original
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__str__": RemoteError.__str__}
-    names["__init__"] = RemoteError.__init__
-    names["__reduce__"] = _reduce
+    names: dict[str, Any] = {
+        "__module__": original.__module__, "__qualname__": original.__qualname__, "__init__": RemoteError.__init__,
+        "__str__": RemoteError.__str__, "__repr__": RemoteError.__repr__, "__reduce__": _reduce, "_original": original,
+        "__setattr__": BaseException.__setattr__,
+    }  # fmt: skip
     try:
         return cast(type[RemoteError], type(original.__name__, (RemoteError, original), names))
-    except TypeError:  # a layout or metaclass that does not mix
+    except Exception as refusal:  # a layout or metaclass that does not mix, an __init_subclass__ that objects
+        logger.debug("%s refused: %s", original.__qualname__, type(refusal).__qualname__)
         return RemoteError
 
 
-def _reduce(error: BaseException) -> tuple:
-    return raised_again, (error.__cause__, str(error), getattr(error, "remote_traceback", ""))
+def _reduce(error: Any) -> tuple:
+    return raised_again, (error._original, error.__cause__, str(error), error.remote_traceback, error.shown)
 
 
-def _pickled(error: BaseException) -> bytes | None:
-    for dumps in (pickle.dumps, cloudpickle.dumps):
-        try:
-            data = dumps(error)
-            pickle.loads(data)  # many classes pickle and then refuse their own arguments
-        except Exception as refusal:
-            logger.debug("%s refused: %s", type(error).__qualname__, type(refusal).__qualname__)
-        else:
-            return data
-    return None
+Pickle = tuple[bytes, list[bytes]]
+
+
+def _pickled(value: Any, shares_main: bool) -> Pickle | None:
+    """Pickle an exception or a class; None when that cannot be done or undone."""
+    references: list = []
+    try:
+        data, buffers = dumps(value, references, shares_main)
+        if references:  # they travel in frames only
+            return None
+        found = data, [bytes(buffer) for buffer in buffers]
+        _load(found)  # many classes pickle and then refuse their own arguments
+    except BaseException as refusal:  # code of the program, which may raise anything
+        logger.debug("%r refused: %s", type(value), type(refusal).__qualname__)
+        return None
+    return found
+
+
+def _unpickled(pickled: Pickle | None, kind: type) -> Any:
+    """Return the object in a pickle if it is of a kind; None when it cannot be had here."""
+    if pickled is None:
+        return None
+    try:
+        value = _load(pickled)
+    except BaseException as refusal:
+        logger.debug("an exception could not be rebuilt: %s", type(refusal).__qualname__)
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def _load(pickled: Pickle) -> Any:
+    data, buffers = pickled
+    return loads(data, [bytearray(buffer) for buffer in buffers], [])
 
 
 def _traceback(error: BaseException) -> str:
@@ -96,6 +145,6 @@ def _traceback(error: BaseException) -> str:
 def _safely(show: Callable[[BaseException], str], error: BaseException) -> str:
     try:
         return show(error)
-    except Exception as trouble:
+    except BaseException as trouble:
         kind = type(error)
         return f"<{kind.__module__}.{kind.__qualname__}, whose text cannot be made: {type(trouble).__name__}>"

@@ -31,7 +31,8 @@ def find_callable(known: dict[int, tuple[str, str]], number: int, caller: Any) -
     except KeyError:
         raise ProtocolError(f"{caller} calls number {number}, which it never introduced") from None
     found: Any = sys.modules.get(module)
-    if found is None:
+    # A module that another thread imports right now is there, but not whole: import_module waits for that thread.
+    if found is None or getattr(getattr(found, "__spec__", None), "_initializing", False):
         found = importlib.import_module(module)
     try:
         for part in qualname.split("."):

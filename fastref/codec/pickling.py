@@ -124,7 +124,10 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_cpu:
         return NotImplemented  # torch's own way
     whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    memory: Any = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else b""
+    flat = whole.reshape(-1)
+    if flat.numel() == 1 and flat.stride(0) != 1:  # contiguous, torch says, whatever the stride of a single element is
+        flat = torch.empty(1, dtype=flat.dtype).copy_(flat)
+    memory: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     kind = torch.nn.Parameter if type(tensor) is torch.nn.Parameter else None
     return _rebuild_tensor, (pickle.PickleBuffer(memory), whole.dtype, tuple(whole.shape), tensor.requires_grad, kind)
 

@@ -97,11 +97,11 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
     cdef int i
     if tensor.requires_grad or tensor.layout is not strided or not tensor.is_cpu:
         return False
-    if tensor.is_neg() or not tensor.is_contiguous():
+    if tensor.is_neg() or tensor.is_conj() or not tensor.is_contiguous():
         return False
     try:
         capsule = to_dlpack(tensor)
-    except (RuntimeError, BufferError):  # a dtype that DLPack does not know, a conjugated view, a quantized tensor
+    except (RuntimeError, BufferError):  # a dtype that DLPack does not know, a quantized tensor
         return False
     managed = <fr_dl_managed*>PyCapsule_GetPointer(capsule, "dltensor")
     t = &managed.tensor

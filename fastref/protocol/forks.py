@@ -15,7 +15,7 @@ Owner's half
 
 User's half
     Received(fork, parent is the owner)  -                          -
-    Received(fork, another parent)       -                          Request
+    Received(fork, another parent)       -                          Request; ChildAccept, if the owner has died
     Accepted(fork, ok)                   requested                  ChildAccept; Delete, if it was let go meanwhile
     LetGo(entry)                         registered                 Delete
 """
@@ -159,9 +159,12 @@ class UserForks:
         self._registered: dict[tuple[int, Entry], set[int]] = {}
         self._requested: dict[int, tuple[int, Entry, int]] = {}  # fork -> owner, entry, parent
         self._let_go: set[int] = set()  # requested forks that nobody holds any more
+        self._lost: set[int] = set()  # owners that have died
 
-    def received(self, owner: int, entry: Entry, fork: int, parent: int) -> list[Request]:
+    def received(self, owner: int, entry: Entry, fork: int, parent: int) -> list[Request | ChildAccept]:
         """A fork has arrived."""
+        if owner in self._lost:  # nobody is left to ask; the parent need not wait
+            return [] if parent == owner else [ChildAccept(parent, fork)]
         if parent == owner:
             self._registered.setdefault((owner, entry), set()).add(fork)
             return []
@@ -170,7 +173,8 @@ class UserForks:
 
     def granted(self, owner: int, entry: Entry, fork: int) -> None:
         """The owner opened an entry ahead, under this fork."""
-        self._registered.setdefault((owner, entry), set()).add(fork)
+        if owner not in self._lost:
+            self._registered.setdefault((owner, entry), set()).add(fork)
 
     def accepted(self, fork: int, ok: bool) -> list[ChildAccept | Delete | Lose]:
         """The owner has answered a request."""
@@ -198,6 +202,7 @@ class UserForks:
 
     def owner_lost(self, owner: int) -> list[ChildAccept]:
         """An owner has died: its entries are void, and nobody need stay pinned for them."""
+        self._lost.add(owner)
         for key in [key for key in self._registered if key[0] == owner]:
             del self._registered[key]
         commands = []

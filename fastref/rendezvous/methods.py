@@ -60,6 +60,9 @@ def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None
     UsageError
         The rank of a local job is missing, a rank is negative, or the world size is missing.
     """
+    for what, number in (("rank", rank), ("world_size", world_size)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise UsageError(f"{what} is an integer, got {number!r}")
     scheme = scheme_of(init_method)
     if scheme in _FROM_ENVIRONMENT:
         settings = {"rank": os.environ.get("RANK", ""), "world_size": os.environ.get("WORLD_SIZE", "")}

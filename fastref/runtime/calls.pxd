@@ -21,6 +21,7 @@ cdef class Pending:
     cdef object what
     cdef object value
     cdef object error
+    cdef bint told                      # somebody settles it, under the GIL
     cdef uint32_t settled               # futex word: 1 once the outcome is there
     cdef uint32_t sleepers
 
@@ -32,7 +33,6 @@ cdef class Caller(Post):
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting
     cdef public int64_t next_expiry_ns  # no pending call ends before
-    cdef readonly object released       # (owner, index, generation): nothing is held any more; only by messages
     cdef public uint64_t fetched_directly, fetched_by_message
     cdef readonly object future_class
 

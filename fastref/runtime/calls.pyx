@@ -65,18 +65,19 @@ cdef class Pending:
 
     cdef int settle(self, object value, object error) except -1:
         """Note the outcome, once; wake whoever waits."""
-        if self.settled:
+        if self.told:
             return 0
-        self.value, self.error = value, error
-        if self.future is not None:
-            try:
-                if error is not None:
-                    self.future.set_exception(error)
-                else:
-                    self.future.set_result(value)
-            finally:
-                fr_store32_release(&self.settled, 1)
-        else:
+        self.told = True
+        # A future that is told is let go of: it refers to us, and its result must not wait for the garbage collector.
+        future, self.future = self.future, None
+        try:
+            if future is None:
+                self.value, self.error = value, error
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+        finally:
             fr_store32_release(&self.settled, 1)
         fr_fence()  # SYNC: settled before sleepers; pairs with the waiter's sleepers before settled
         if fr_load32_relaxed(&self.sleepers):
@@ -114,7 +115,6 @@ cdef class Caller(Post):
         super().__init__(*args, **kwargs)
         self.pending, self.arrived = {}, {}
         self.future_class = Future
-        self.released = deque()
         self.next_expiry_ns = NEVER
 
     cdef void blocked(self, bint yes) noexcept:
@@ -489,9 +489,6 @@ cdef class Caller(Post):
         if owned.settled == VALUE_FAILED:
             raise decode_failure(owned.error)
         return owned.value
-
-    cdef void let_go(self, RRef rref) noexcept:
-        self.released.append((rref.fork.owner, rref.fork.index, rref.fork.generation))
 
     cdef tuple credit(self, Peer peer, int64_t deadline_ns):
         """An entry that the peer opened for us; asks for more and waits when there is none."""

@@ -11,7 +11,7 @@ from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_PICKLED, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block,
                                  fr_frame)
 
 from fastref.codec.pickling import dumps, loads
@@ -137,6 +137,7 @@ cdef class Post(Wiring):
         cdef fr_block block
         cdef int64_t position
         cdef int64_t lent = -1
+        cdef uint32_t in_block = 0
         cdef list pinned = None
         if fr_load32_acquire(&peer.died):
             raise peer.died_error()
@@ -146,11 +147,18 @@ cdef class Post(Wiring):
                 forks, pinned = self.encoder(), []
                 self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, forks, pinned)
                 head.references, head.forks_size = len(body.references), forks.size
-            if size > INLINE_LIMIT:
+            if head.forks_size > INLINE_LIMIT:  # hundreds of references: they go into the block too
+                in_block = head.forks_size
+                head.forks_size, head.block_forks = 0, in_block
+                head.flags |= FLAG_FORKS_IN_BLOCK
+                size += in_block
+                lent = self.arena.lend(size)
+                memcpy(self.arena.base + lent, forks.data, in_block)
+            elif size > INLINE_LIMIT:
                 lent = self._lend(peer, size)
             if lent >= 0:
                 with nogil:
-                    body.copy_to(self.arena.base + lent)
+                    body.copy_to(self.arena.base + lent + in_block)
                 block.offset, block.size = lent, size
                 payload, size = <const char*>&block, sizeof(fr_block)
                 head.flags |= FLAG_BLOCK
@@ -168,7 +176,7 @@ cdef class Post(Wiring):
                 payload, size = NULL, 0
             head.payload = size if payload != NULL else head_size - sizeof(fr_frame) - head.forks_size
             memcpy(start, head, sizeof(fr_frame))
-            if forks is not None:
+            if head.forks_size:
                 memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):

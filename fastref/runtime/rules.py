@@ -259,13 +259,14 @@ class RuleKeeper(Server):
         elif isinstance(command, forks.Lose):
             logger.warning("a reference to %s ended before it could be taken", self.peers[command.owner].name)
 
-    def _let_go_of_released(self) -> None:
-        while self.released:
-            owner, index, generation = self.released.popleft()
-            if self.peers[owner].holder.count(index):
-                continue  # it came back meanwhile
-            with self._rules:
-                commands = self._user_forks.let_go(owner, (index, generation))
+    def _delete_what_is_gone(self, peer: Peer) -> None:
+        """Tell an owner in whose table we have no bit what this process does not hold any more."""
+        while peer.holder.gone:
+            index, generation = peer.holder.gone.popleft()
+            with self._rules:  # a fork is registered under it after it was counted: none is deleted that has just come
+                if peer.holder.count(index):
+                    continue  # it came back meanwhile
+                commands = self._user_forks.let_go(peer.rank, (index, generation))
             for command in commands:
                 self._perform_user(command)
 
@@ -344,13 +345,18 @@ class RuleKeeper(Server):
                 with self._rules:
                     cleared = self._owner_forks.holder_lost(command.dead)
                 self._mark_and_clear(cleared)
-                self.do_later(functools.partial(self._fail_values_of, command.dead))
+                # From here on a frame that names such an entry is told at once that the value is lost.
+                unmade = [index for index, rank in self.credit_of.items() if rank == command.dead]
+                for index in unmade:
+                    del self.credit_of[index]
+                begun = [(index, self.owned[index]) for index in unmade if index < len(self.owned) and self.owned[index]]
+                self.do_later(functools.partial(self._fail_values, command.dead, begun))
 
-    def _fail_values_of(self, dead: int) -> None:
+    def _fail_values(self, dead: int, begun: list[tuple[int, Any]]) -> None:
         """Values that a dead worker's remote() should have made, and whose requests never came, never will be."""
         error = encode_failure(self.peers[dead].died_error(), self.info)
-        for index in [index for index, rank in list(self.credit_of.items()) if rank == dead]:
-            if index < len(self.owned) and self.owned[index] is not None:
+        for index, owned in begun:
+            if self.owned[index] is owned:
                 self.settle_failed(index, error)
 
     # ---- the clock
@@ -361,8 +367,7 @@ class RuleKeeper(Server):
         for peer in self.peers:
             if peer is not None:
                 peer.free(self.arena)
-        if self.released:
-            self._let_go_of_released()
+                self._delete_what_is_gone(peer)
         self.expire()
         if self.table.is_flagged() or self.watched:
             self.wake_leader()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable
@@ -52,6 +53,8 @@ class Runtime(RuleKeeper):
         Instead of the one that the init method leads to.
     count : int
         Jobs that this process joined before.
+    before_serving : callable
+        Called with the runtime when all links are there and before the first call is served.
 
     Raises
     ------
@@ -67,8 +70,10 @@ class Runtime(RuleKeeper):
         options: RpcBackendOptions,
         store: Any = None,
         count: int = 0,
+        before_serving: Callable[[Runtime], None] = lambda runtime: None,
     ) -> None:
         check_worker_name(name)
+        self._before_serving = before_serving
         self.options = options
         self.bits = options.table_bits
         self.main_digest = mainmodule.fingerprint()
@@ -147,6 +152,7 @@ class Runtime(RuleKeeper):
             self._monitor.watch(rank, link)
         if self.options.switch_interval is not None:
             sys.setswitchinterval(self.options.switch_interval)
+        self._before_serving(self)  # functions that peers call here may make calls of their own
         self.start_threads()
         self._monitor.start()
         for rank in self._links:
@@ -279,6 +285,9 @@ class Runtime(RuleKeeper):
         if self._memory is not None:
             self._memory.close()
         self._lock.release()
+        # What this runtime mapped should go with its last handle, not when the garbage collector comes round.
+        self._monitor = None
+        self._links, self._acts = {}, {}
 
     def abandon(self) -> None:
         """The interpreter ends without ``shutdown``: stop the threads and go; peers see a worker that died."""

@@ -24,13 +24,13 @@ from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, 
 from fastref.runtime.calls cimport Caller, Pending
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport fr_thread, this_thread
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN, NO_SLOT,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN, NO_SLOT,
                                  PYTHON_CALL, PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block,
                                  fr_frame, next_fork, parse_frame)
 
 from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
-from fastref.errors import PeerError, ProtocolError, ReferenceLost, ResourceError
+from fastref.errors import PeerError, ProtocolError, ReferenceLost, RemoteError, ResourceError
 
 __all__ = ["Job", "Server"]
 
@@ -302,15 +302,21 @@ cdef class Server(Caller):
         cdef const char* payload
         cdef uint64_t size
         cdef list references = []
+        FR_FAILPOINT("ring.reader_holds")
         if not parse_frame(arrival.data, arrival.size, &view):
             raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
-        lost = self.take_references(&view, peer, references) if view.head.references else 0
-        self.inbox.acquired()
-        FR_FAILPOINT("fork.received")
         payload, size = view.payload, view.payload_size
         if view.head.flags & FLAG_BLOCK:
             memcpy(&block, payload, sizeof(fr_block))
             payload, size = peer.arena.borrow(block.offset, block.size), block.size
+            if view.head.flags & FLAG_FORKS_IN_BLOCK:
+                if view.head.block_forks > size:
+                    raise ProtocolError(f"worker {peer.info.name!r} claims {view.head.block_forks} bytes of references in {size}")
+                view.forks, view.payload = payload, payload + view.head.block_forks
+                payload, size = view.payload, size - view.head.block_forks
+        lost = self.take_references(&view, peer, references) if view.head.references else 0
+        self.inbox.acquired()
+        FR_FAILPOINT("fork.received")
         if view.head.kind > RREF_FETCH_CALL:
             data = PyBytes_FromStringAndSize(payload, size)
             self.inbox.done()
@@ -659,11 +665,14 @@ cdef class Server(Caller):
                 value = job.body
         except Exception as trouble:
             error = trouble
+        except BaseException as trouble:  # reading the answer ran code of the program, which wants to exit
+            error = RemoteError(f"reading the answer of {job.peer.info} raised {trouble!r}")
+            error.__cause__ = trouble
         pending = self.pending.pop(job.head.call, None)
         if pending is not None:
             try:
                 pending.settle(value, error)
-            except Exception:
+            except BaseException:
                 logger.exception("a callback of a future raised")
         elif job.head.slot != NO_SLOT and job.head.slot < self.slots.count:
             self.arrived[job.head.call] = (value, error)

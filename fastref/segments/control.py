@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,11 @@ def create_control(size_bytes: int, identity: InstanceIdentity, *, keep_name: bo
     segment = ControlSegment(memory.fd, size_bytes, name)
     try:
         # Before anybody maps it: a page that is missing when it is touched is a SIGBUS, here it is an error.
-        os.posix_fallocate(segment.fd, 0, size_bytes)
+        try:
+            os.posix_fallocate(segment.fd, 0, size_bytes)
+        except OSError:
+            gc.collect()  # segments of runtimes that were shut down stay mapped until their last handle is collected
+            os.posix_fallocate(segment.fd, 0, size_bytes)
     except BaseException as error:
         segment.unlink()
         segment.close()

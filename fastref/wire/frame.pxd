@@ -27,6 +27,7 @@ cdef enum:
     FLAG_ERROR = 4       # the answer is an exception
     FLAG_METHOD = 8      # the callable is a method of the first reference
     FLAG_EXPLICIT = 16   # the caller gave a timeout itself, so it covers the value too
+    FLAG_FORKS_IN_BLOCK = 64  # the references lie in the block, before the payload
     FLAG_LOCAL = 32      # never on the wire: the answer lies in this process's own memory
 
     NO_SLOT = 0xFFFF
@@ -40,7 +41,7 @@ cdef extern from *:
         int64_t deadline_ns;        /* CLOCK_MONOTONIC; 0: none */
         uint32_t callable, payload; /* interned number, 0: in the payload | bytes of payload */
         uint32_t forks_size;        /* bytes of the references that follow the header */
-        uint32_t unused;
+        uint32_t block_forks;       /* bytes of the references that lie in the block instead */
     };
     struct fr_block {
         uint64_t offset, size;
@@ -56,6 +57,7 @@ cdef extern from *:
         uint32_t callable
         uint32_t payload
         uint32_t forks_size
+        uint32_t block_forks
     struct fr_block:
         uint64_t offset
         uint64_t size

@@ -34,6 +34,8 @@ cdef int parse_frame(const char* data, uint64_t size, FrameView* view) noexcept 
         return False
     if view.head.flags & FLAG_LOCAL:
         return False
+    if view.head.flags & FLAG_FORKS_IN_BLOCK:  # they are checked one by one as they are taken
+        return view.head.flags & FLAG_BLOCK and not view.head.forks_size
     at, end = view.forks, view.payload
     for i in range(view.head.references):
         at = next_fork(at, end, &fork)
