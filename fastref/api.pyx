@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+cimport cython
+
 from fastref.rref cimport HOW_ASYNC, HOW_REMOTE, HOW_SYNC
 from fastref.runtime.calls cimport Caller
 
@@ -46,6 +48,7 @@ def is_available() -> bool:
     return True
 
 
+@cython.annotation_typing(False)  # else world_size=1.5 is taken for 1
 def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | None = None,
              rpc_backend_options: RpcBackendOptions | None = None) -> Session:
     """Join a job and start serving. Returns when all workers have joined and serve.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Generator
 from typing import Any, TypeVar
 
@@ -63,10 +64,11 @@ class Future(torch.futures.Future[T]):
 
 
 def _raise_fresh(stored: BaseException) -> None:
-    fresh = type(stored).__new__(type(stored), *stored.args)
-    fresh.args = stored.args
-    fresh.__dict__.update(stored.__dict__)
-    fresh.__cause__, fresh.__suppress_context__ = stored.__cause__, stored.__suppress_context__
+    try:
+        fresh = copy.copy(stored)  # by its __reduce__: the way that all exceptions can be made again
+        fresh.__cause__, fresh.__suppress_context__ = stored.__cause__, stored.__suppress_context__
+    except Exception:  # a class that refuses: better the error itself, with its frames, than none
+        fresh = stored
     try:
         raise fresh
     finally:

@@ -338,6 +338,8 @@ def take_and_drop_repeatedly(rref: rpc.RRef) -> None:
 @pytest.mark.parametrize("act", [fetch_repeatedly, take_and_drop_repeatedly])
 @in_job
 def test_fetching_published_values_and_holding_references_takes_no_system_call(act: Callable[..., None]) -> None:
+    if act is take_and_drop_repeatedly and current_wiring().bits == 0:
+        pytest.skip("without a bit in the owner's table a reference is held by messages")
     rref = rpc.remote("w1", work.echo, args=(5,))
     assert rref.to_here() == 5
     rpc.rpc_sync("w2", work.keep, args=(rref,))  # it stays alive whatever this worker does

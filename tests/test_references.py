@@ -1,4 +1,4 @@
-"""References: made, handed on by every way there is, let go of; the value lives exactly as long as somebody holds it."""
+"""References made, handed on in every way, and let go of: a value lives exactly as long as somebody holds it."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_references_travel_inside_anything(to: str) -> None:
         ((rref, mine), lambda v: v),
         ({"a": rref, "b": mine}, lambda v: [v["a"], v["b"]]),
         ({rref: mine}, lambda v: next(iter(v.items()))),
-        ({rref, mine}, lambda v: sorted(v, key=lambda r: r.to_here())),
+        ({rref, mine}, lambda v: sorted(v, key=rpc.RRef.to_here)),
         (([{"a": (rref,)}], mine), lambda v: [v[0][0]["a"][0], v[1]]),
         (box, lambda v: [v.content[0], v.content[1]["mine"]]),
         (collections.OrderedDict(a=rref, b=mine), lambda v: list(v.values())),
@@ -294,7 +294,7 @@ def test_a_value_lives_until_the_last_holder_lets_go() -> None:
 @in_job
 def test_a_reference_under_way_keeps_its_value() -> None:
     for to in ("w1", "w2"):
-        for _ in range(20):
+        for _ in range(5):
             future = rpc.rpc_async(to, work.keep, args=(rpc.remote("w1", work.Traced),))
             gc.collect()
             future.wait()
@@ -326,9 +326,9 @@ def test_a_reference_in_a_cycle_goes_when_the_cycle_is_collected() -> None:
 @in_job
 def test_a_destructor_that_lets_go_of_references_reaches_the_end_of_a_chain() -> None:
     chain: Any = None
-    for number in range(120):
+    for number in range(60):
         chain = rpc.rpc_sync(f"w{number % 4}", work.make_traced, args=(chain,))
-    assert [traced_on(worker) for worker in names(4)] == [30] * 4
+    assert [traced_on(worker) for worker in names(4)] == [15] * 4
     del chain
     for worker in names(4):
         assert gone_on(worker)

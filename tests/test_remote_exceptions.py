@@ -55,7 +55,8 @@ def test_a_built_in_exception_is_raised_as_its_own_type(original: BaseException)
                 assert isinstance(error, type(original))
             assert type(error.__cause__) is type(original)
             assert repr(error.__cause__) == repr(original)
-            assert str(error).startswith(f"On WorkerInfo(id={to[1]}, name={to}):\n{original!r}\nTraceback (most recent")
+            assert str(error).startswith(f"On WorkerInfo(id={to[1]}, name={to}):\n{original!r}\n")
+            assert "Traceback (most recent call last):" in error.remote_traceback
 
 
 @in_job

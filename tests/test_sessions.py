@@ -114,7 +114,7 @@ def join_thirty_times(rank: int, world_size: int, init_method: str) -> None:
         join((rank + number) % world_size, world_size, init_method)
         me, other = rpc.get_worker_info(), f"w{(rank + number + 1) % world_size}"
         mine = rpc.RRef([number])
-        assert repr(mine) == f"OwnerRRef(GloballyUniqueId(created_on={me.id}, local_id=0))"
+        assert mine.rref_id().created_on == me.id
         theirs = rpc.remote(other, work.Counter, args=(number,))
         assert theirs.rpc_sync().get() == number
         assert rpc.rpc_sync(other, work.look, args=(mine,)) == (False, me.name, [number])
@@ -129,6 +129,14 @@ def join_thirty_times(rank: int, world_size: int, init_method: str) -> None:
         if number % 3 == 0:
             del held[: len(held) // 2]
         rpc.shutdown()
+
+
+def test_the_ids_of_every_session_start_at_zero(name: str) -> None:
+    for _ in range(2):
+        with join(0, 1, name):
+            assert repr(rpc.RRef(1)) == "OwnerRRef(GloballyUniqueId(created_on=0, local_id=0))"
+            assert rpc.remote("w0", work.nothing).rref_id().local_id == 1
+            assert repr(rpc.RRef(1)) == "OwnerRRef(GloballyUniqueId(created_on=0, local_id=3))"
 
 
 def test_workers_join_and_leave_thirty_times_with_references_alive(spawn_workers: Start, name: str) -> None:

@@ -89,6 +89,7 @@ class Watchdog:
     def cancel(self) -> None:
         """Stop to count: the test is over."""
         self._finished.set()
+        signal.signal(INTERRUPT_SIGNAL, signal.SIG_IGN)  # a test that times out while it ends has ended
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         signal.signal(INTERRUPT_SIGNAL, self._previous_handler)

@@ -67,7 +67,7 @@ def raised_again(
     try:
         # The original's own __new__: that of RemoteError refuses to make instances with another layout.
         parts = original.args[1:] if isinstance(original, BaseExceptionGroup) else ()
-        error = cast(RemoteError, kind.__new__(both, text, *parts)) if both is not RemoteError else RemoteError(text)
+        error = _made(kind, both, text, parts) if both is not RemoteError else RemoteError(text)
         error.args = (text,)
         if original is not None:
             error.__dict__.update(original.__dict__)
@@ -81,6 +81,13 @@ def raised_again(
     error.__dict__.update(remote_traceback=remote_traceback, shown=shown)
     error.__cause__ = original
     return error
+
+
+def _made(kind: Any, both: type[RemoteError], text: str, parts: tuple) -> RemoteError:
+    try:
+        return cast(RemoteError, kind.__new__(both, text, *parts))
+    except TypeError:  # MemoryError: a layout like any other's, with a __new__ of its own
+        return cast(RemoteError, RuntimeError.__new__(both, text))
 
 
 @functools.lru_cache(maxsize=256)

@@ -64,6 +64,7 @@ cdef extern from *:
 cdef enum:
     CPU = 1
     MOST_DIMENSIONS = 16
+    LAST_CODE = 6           # later codes are narrow floats, which not every torch takes back
     SEGMENT_FROM = 2048     # smaller tensors are copied into the stream at once
     ROOM_FOR_HEADER = 512   # the managed structure and its shape lie before the data, in one allocation
 
@@ -105,7 +106,7 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
         return False
     managed = <fr_dl_managed*>PyCapsule_GetPointer(capsule, "dltensor")
     t = &managed.tensor
-    if t.device.device_type != CPU or t.dtype.lanes != 1 or t.dtype.bits < 8 or t.dtype.bits & 7 or t.ndim > MOST_DIMENSIONS:
+    if t.device.device_type != CPU or t.dtype.lanes != 1 or t.dtype.bits < 8 or t.dtype.bits & 7 or t.dtype.code > LAST_CODE or t.ndim > MOST_DIMENSIONS:
         return False
     for i in range(t.ndim):
         elements *= t.shape[i]
@@ -134,7 +135,7 @@ cdef object read_tensor(Decoder decoder):
     cdef int64_t* sizes
     cdef int i
     memcpy(&header, decoder.take(sizeof(TensorHeader)), sizeof(TensorHeader))
-    if header.ndim > MOST_DIMENSIONS or header.bits < 8 or header.bits & 7 or header.code > 6:
+    if header.ndim > MOST_DIMENSIONS or header.bits < 8 or header.bits & 7 or header.code > LAST_CODE:
         raise ProtocolError(f"a tensor of {header.ndim} dimensions and {header.bits} bits of kind {header.code}")
     memcpy(&shape[0], decoder.take(header.ndim * 8), header.ndim * 8)
     for i in range(header.ndim):

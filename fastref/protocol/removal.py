@@ -5,7 +5,8 @@ until every live worker has acquired all that it published: this process asks th
 
     event               from                                commands
     Died(dead)          the monitor                         Send(DrainAsk) to all that live; or Clear if nobody does
-    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered
+    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered, and
+                                                            of others who are dead if it was the last they waited for
     Ask(dead, asker)    a live worker                       Send(DrainDone) at once, or when we have drained it
     Done(dead, worker)  a live worker                       Clear, if it was the last
 """
@@ -126,13 +127,12 @@ class Removal:
             return []
         case.known = True
         self.live.discard(dead)
-        case.awaited = set(self.live)
+        # From others who are dead no answer comes, but what they published may rest on what this one held: a request for a
+        # fork that it made. So they are waited for until we have read all that.
+        unread = {other for other, its in self._cases.items() if its.known and not its.drained and other != dead}
+        case.awaited = self.live | unread
         commands: list[Command] = [LookAtInbox(dead)]
-        commands += [SendAsk(to, dead) for to in sorted(case.awaited)]
-        for other, waiting in sorted(self._cases.items()):  # nobody waits for an answer of the dead
-            if waiting.known and dead in waiting.awaited:
-                waiting.awaited.discard(dead)
-                commands += self._maybe_clear(other, waiting)
+        commands += [SendAsk(to, dead) for to in sorted(self.live)]
         return commands
 
     def _ask(self, dead: int, asker: int) -> list[Command]:
@@ -150,6 +150,10 @@ class Removal:
         case.drained = True
         askers, case.askers = sorted(case.askers & self.live), set()
         commands: list[Command] = [SendDone(asker, dead) for asker in askers]
+        for other, waiting in sorted(self._cases.items()):
+            if waiting.known and dead in waiting.awaited:
+                waiting.awaited.discard(dead)
+                commands += self._maybe_clear(other, waiting)
         return commands + self._maybe_clear(dead, case)
 
     def _maybe_clear(self, dead: int, case: _Case) -> list[Command]:
