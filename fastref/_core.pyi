@@ -1,5 +1,6 @@
 """Types of the compiled ``fastref._core``."""
 
+from collections import deque
 from typing import Any
 
 from typing_extensions import Buffer
@@ -77,6 +78,8 @@ class Holder:
     def state(self, index: int) -> str: ...
     @property
     def entries_held(self) -> int: ...
+    @property
+    def gone(self) -> deque[tuple[int, int]]: ...
 
 class ReferenceTable:
     def __init__(

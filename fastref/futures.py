@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Generator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -39,12 +39,12 @@ class Future(torch.futures.Future[T]):
             self._pending.wait()
         return super().wait()
 
-    def set_exception(self, result: BaseException) -> None:
+    def set_exception(self, result: BaseException) -> None:  # type: ignore[override]  # torch says T, and means this
         """Mark it as failed: ``wait`` and ``value`` raise a fresh exception like ``result`` each time."""
         # The stored one would remember in its traceback every frame that waited, and never let go of what they hold:
         # the garbage collector does not see into a torch future.
         self._set_unwrap_func(_raise_fresh)
-        self.set_result(result)
+        self.set_result(cast(T, result))  # the unwrap function turns it into a raise
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self.done():

@@ -6,7 +6,7 @@ import functools
 import logging
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 from fastref.codec import mainmodule
@@ -63,7 +63,7 @@ def raised_again(
     """
     both = RemoteError
     if kind is not None and issubclass(kind, Exception):  # SystemExit and its like must not end the caller too
-        both = _both(kind)
+        both = _both(cast(Hashable, kind))
     try:
         # The original's own __new__: that of RemoteError refuses to make instances with another layout.
         parts = original.args[1:] if isinstance(original, BaseExceptionGroup) else ()
@@ -87,7 +87,7 @@ def _made(kind: Any, both: type[RemoteError], text: str, parts: tuple) -> Remote
     try:
         return cast(RemoteError, kind.__new__(both, text, *parts))
     except TypeError:  # MemoryError: a layout like any other's, with a __new__ of its own
-        return cast(RemoteError, RuntimeError.__new__(both, text))
+        return RuntimeError.__new__(both, text)
 
 
 @functools.lru_cache(maxsize=256)

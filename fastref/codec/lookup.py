@@ -30,13 +30,23 @@ def find_callable(known: dict[int, tuple[str, str]], number: int, caller: Any) -
         module, qualname = known[number]
     except KeyError:
         raise ProtocolError(f"{caller} calls number {number}, which it never introduced") from None
-    found: Any = sys.modules.get(module)
-    # A module that another thread imports right now is there, but not whole: import_module waits for that thread.
-    if found is None or getattr(getattr(found, "__spec__", None), "_initializing", False):
-        found = importlib.import_module(module)
+    home: Any = sys.modules.get(module)
+    if home is None:
+        home = importlib.import_module(module)
     try:
-        for part in qualname.split("."):
-            found = getattr(found, part)
+        return _find(home, qualname)
     except AttributeError as error:
-        raise AttributeError(f"{error}. {ADVICE}") from None
-    return found
+        missing = error
+    if getattr(getattr(home, "__spec__", None), "_initializing", False):
+        # Another thread imports it right now: it is there, but not whole. import_module waits for that thread.
+        try:
+            return _find(importlib.import_module(module), qualname)
+        except AttributeError as error:
+            missing = error
+    raise AttributeError(f"{missing}. {ADVICE}") from None
+
+
+def _find(home: Any, qualname: str) -> Any:
+    for part in qualname.split("."):
+        home = getattr(home, part)
+    return home

@@ -5,8 +5,8 @@ until every live worker has acquired all that it published: this process asks th
 
     event               from                                commands
     Died(dead)          the monitor                         Send(DrainAsk) to all that live; or Clear if nobody does
-    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered, and
-                                                            of others who are dead if it was the last they waited for
+    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered;
+                                                            Clear of other dead whom only this one still held up
     Ask(dead, asker)    a live worker                       Send(DrainDone) at once, or when we have drained it
     Done(dead, worker)  a live worker                       Clear, if it was the last
 """
@@ -127,8 +127,8 @@ class Removal:
             return []
         case.known = True
         self.live.discard(dead)
-        # From others who are dead no answer comes, but what they published may rest on what this one held: a request for a
-        # fork that it made. So they are waited for until we have read all that.
+        # From others who are dead no answer comes, but what they published may rest on what this one held: a
+        # request for a fork that it made. So they are waited for until we have read all that.
         unread = {other for other, its in self._cases.items() if its.known and not its.drained and other != dead}
         case.awaited = self.live | unread
         commands: list[Command] = [LookAtInbox(dead)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlparse, urlunparse
 
 from fastref.errors import RendezvousError, UsageError
@@ -12,7 +12,7 @@ from fastref.errors import RendezvousError, UsageError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["LOCAL", "job_name", "open_store", "resolve_rank", "scheme_of"]
+__all__ = ["LOCAL", "check_numbers", "job_name", "open_store", "resolve_rank", "scheme_of"]
 
 LOCAL = "local"
 _FROM_ENVIRONMENT = (LOCAL, "env")
@@ -48,6 +48,13 @@ def job_name(init_method: str) -> str:
     return init_method.partition("?")[0]
 
 
+def check_numbers(rank: Any, world_size: Any) -> None:
+    """Raise ``UsageError`` when a rank or a world size is not even an integer."""
+    for what, number in (("rank", rank), ("world_size", world_size)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise UsageError(f"{what} is an integer, got {number!r}")
+
+
 def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None) -> tuple[int, int]:
     """Return rank and world size, from the arguments or from where the init method has them.
 
@@ -60,9 +67,7 @@ def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None
     UsageError
         The rank of a local job is missing, a rank is negative, or the world size is missing.
     """
-    for what, number in (("rank", rank), ("world_size", world_size)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
-            raise UsageError(f"{what} is an integer, got {number!r}")
+    check_numbers(rank, world_size)
     scheme = scheme_of(init_method)
     if scheme in _FROM_ENVIRONMENT:
         settings = {"rank": os.environ.get("RANK", ""), "world_size": os.environ.get("WORLD_SIZE", "")}

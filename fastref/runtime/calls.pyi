@@ -1,6 +1,5 @@
 """Types of the compiled ``fastref.runtime.calls``."""
 
-from collections import deque
 from typing import Any
 
 from fastref.futures import Future
@@ -28,8 +27,6 @@ class Caller(Post):
     fetched_by_message: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    @property
-    def released(self) -> deque[tuple[int, int, int]]: ...
     @property
     def future_class(self) -> type[Future[Any]]: ...
     @property

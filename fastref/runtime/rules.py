@@ -212,13 +212,13 @@ class RuleKeeper(Server):
 
     def _fork_requested(self, peer: Peer, call: int, value: Any) -> None:
         index, generation, fork = value
-        with peer.lock:
-            if peer.is_dead:
+        alive = self.table.holder.generation(index) == generation and self.table.phase_of(index) == "used"
+        with self._rules:
+            # One who is dead counts until it is removed: what it has published rests on its fork.
+            if self._removal.is_cleared(peer.rank):
                 return
-            alive = self.table.holder.generation(index) == generation and self.table.phase_of(index) == "used"
-            with self._rules:
-                commands = self._owner_forks.requested((index, generation), fork, peer.rank, alive)
-            self._mark_and_clear(commands)
+            commands = self._owner_forks.requested((index, generation), fork, peer.rank, alive)
+        self._mark_and_clear(commands)
         for command in commands:
             if isinstance(command, forks.Accept):
                 self.tell(peer, Kind.RREF_FORK_ACCEPT, [fork, command.ok])
@@ -278,12 +278,9 @@ class RuleKeeper(Server):
         with peer.lock:
             peer.mark_dead(reason)
             peer.lock.notify_all()
-            children, peer.children = peer.children, {}
         log = logger.debug if peer.left else logger.warning
         log("worker %s (rank %d, pid %d) is gone: %s", peer.name, rank, peer.pid, reason)
         self.slots.wake_waiting()
-        for holder, index in children.values():
-            holder.release(index)
         self.drop_outgoing(peer)
         peer.free(self.arena)
         self.do_later(lambda: self.fail_pending(rank))
@@ -308,6 +305,16 @@ class RuleKeeper(Server):
 
     def cut(self, rank: int, reason: str) -> None:
         raise NotImplementedError
+
+    def _let_children_go(self, peer: Peer) -> None:
+        """Let go of what was handed to a dead worker.
+
+        Not when it dies: what it handed on itself rests on our pin until the owners have read its requests. All live
+        workers, the owners among them, have read all that it published when it is removed here.
+        """
+        while peer.children:
+            _, (holder, index) = peer.children.popitem()
+            holder.release(index)
 
     def inbox_drained(self, rank: int) -> None:
         with self._rules:
@@ -345,11 +352,14 @@ class RuleKeeper(Server):
                 with self._rules:
                     cleared = self._owner_forks.holder_lost(command.dead)
                 self._mark_and_clear(cleared)
+                self._let_children_go(self.peers[command.dead])
                 # From here on a frame that names such an entry is told at once that the value is lost.
                 unmade = [index for index, rank in self.credit_of.items() if rank == command.dead]
                 for index in unmade:
                     del self.credit_of[index]
-                begun = [(index, self.owned[index]) for index in unmade if index < len(self.owned) and self.owned[index]]
+                begun = [
+                    (index, self.owned[index]) for index in unmade if index < len(self.owned) and self.owned[index]
+                ]
                 self.do_later(functools.partial(self._fail_values, command.dead, begun))
 
     def _fail_values(self, dead: int, begun: list[tuple[int, Any]]) -> None:

@@ -23,7 +23,7 @@ from fastref.channels.slots import PeerSlots, ResponseSlots
 from fastref.codec import mainmodule
 from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, WorkerDied
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
-from fastref.rendezvous import Link, Listener, Membership, WorkerRecord, job_name, join, link_all
+from fastref.rendezvous import Link, Listener, Membership, WorkerRecord, check_numbers, job_name, join, link_all
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
 from fastref.runtime.monitor import Monitor
 from fastref.runtime.peer import Peer
@@ -73,6 +73,7 @@ class Runtime(RuleKeeper):
         before_serving: Callable[[Runtime], None] = lambda runtime: None,
     ) -> None:
         check_worker_name(name)
+        check_numbers(rank, world_size)
         self._before_serving = before_serving
         self.options = options
         self.bits = options.table_bits
