@@ -19,10 +19,14 @@ SOURCES := $(shell find fastref -name '*.py[xd]' -o -name '*.h')
 
 # An instrumented extension needs its run-time library before the interpreter's own symbols.
 ifneq (,$(findstring address,$(FASTREF_SANITIZE)))
-INSTRUMENTED := LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+# libstdc++ too: AddressSanitizer ends a program at its first C++ exception unless it sees who throws.
+INSTRUMENTED := LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:max_allocation_size_mb=512:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 endif
 
-.PHONY: demo test gates model tsan debug build lint format types docs bench-quick clean
+.PHONY: demo test gates model tsan fuzz fuzz-decoders debug build lint format types docs \
+	bench-quick clean
 
 demo: build
 	$(INSTRUMENTED) $(PY) examples/parameter_server.py --compare
@@ -99,3 +103,16 @@ $(BUILD_STAMP): $(VENV_STAMP) setup.py $(SOURCES)
 	@rm -f build/built-*
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
+
+FUZZ_SECONDS ?= 60
+
+fuzz: build/fuzz/ring_garbage
+	build/fuzz/ring_garbage $(FUZZ_SECONDS)
+	$(MAKE) fuzz-decoders FASTREF_SANITIZE=address,undefined
+
+fuzz-decoders: build
+	$(INSTRUMENTED) $(PY) -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+build/fuzz/%: tests/c/%.c $(wildcard fastref/_c/*.h tests/c/*.h)
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -Ifastref/_c $< -o $@
