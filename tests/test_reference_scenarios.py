@@ -14,7 +14,7 @@ from fastref.errors import CallTimeout, OwnerDied, ReferenceLost, ResourceError,
 from fastref.rref import RRef
 from fastref.testing import Network
 
-OWNER, ALICE, BOB = range(3)
+OWNER, ALICE, BOB, CAROL = range(4)
 
 shelf: list[Any] = []
 
@@ -77,12 +77,12 @@ def fail(*values: Any) -> None:
 
 @pytest.fixture(params=[61, 0, 1, 2], ids=["shared tables", "messages", "one bit", "two bits"])
 def network(request: pytest.FixtureRequest) -> Iterator[Network]:
-    """Three nodes; afterwards nothing of any story is left on those that live."""
+    """Four nodes; afterwards nothing of any story is left on those that live."""
     shelf.clear()
     Value.story = set()
-    network = Network(3, bits=request.param, window=4)
+    network = Network(4, bits=request.param, window=4)
     for node in network:  # names of functions travel, and entries are opened, before the story begins
-        for target in range(3):
+        for target in range(4):
             for function in (keep, give, give_with, ignore, fail, Value):
                 node.rpc_async(target, function)
             network.run(lambda node=node, target=target: node.remote(target, ignore))
@@ -366,7 +366,7 @@ def test_entries_opened_for_a_worker_come_back_when_it_is_killed(network: Networ
     network.kill(ALICE)
     network.settle()
     figures = network[OWNER].table.snapshot()
-    assert figures["used"] == network[BOB].credits(OWNER)
+    assert figures["used"] == network[BOB].credits(OWNER) + network[CAROL].credits(OWNER)
 
 
 def test_both_users_are_killed_and_notice_nothing_of_each_other(network: Network) -> None:
@@ -376,6 +376,51 @@ def test_both_users_are_killed_and_notice_nothing_of_each_other(network: Network
     network.kill(BOB, seen_by=[])
     network.settle()
     assert alive() == 0
+
+
+def test_two_die_one_after_the_other_and_the_owner_has_not_read_the_second(network: Network) -> None:
+    network[ALICE].rpc_async(BOB, keep, (give_to(network, ALICE),))
+    network.deliver(ALICE, BOB)  # Bob's own word to the owner is under way
+    network.kill(ALICE, seen_by=[OWNER, CAROL])
+    network.tick(OWNER)
+    network.deliver(OWNER, CAROL, 9)
+    network.deliver(CAROL, OWNER, 9)  # for the removal of Alice only Bob's answer is missing
+    network[BOB].rpc_async(OWNER, keep, (shelf.pop(),))
+    network[OWNER].rpc_async(OWNER, ignore)  # something else to do before it reads what Bob has left
+    network.kill(BOB, seen_by=[OWNER])
+    network.settle()
+    assert network.run(shelf[0].to_here).content == "content"
+
+
+def test_what_the_dead_asked_for_counts_until_all_have_read_what_they_published(network: Network) -> None:
+    network[ALICE].rpc_async(BOB, keep, (give_to(network, ALICE),))
+    network.deliver(ALICE, BOB)
+    network[BOB].rpc_async(CAROL, keep, (shelf.pop(),))
+    network.kill(ALICE, seen_by=[OWNER, CAROL])
+    network.tick(OWNER)
+    network.deliver(OWNER, CAROL, 9)  # she has read what Alice published, and says so
+    network.kill(BOB, seen_by=[OWNER])
+    network.deliver(CAROL, OWNER, 9)
+    network.tick(OWNER)
+    assert alive() == 1
+    network.settle()
+    assert network.run(shelf[0].to_here).content == "content"
+
+
+@pytest.mark.parametrize(("parent", "child"), [(ALICE, BOB), (BOB, ALICE)], ids=["read first", "read last"])
+def test_who_handed_on_to_the_dead_holds_until_the_owner_has_read_what_they_published(
+    network: Network, parent: int, child: int
+) -> None:
+    network[parent].rpc_async(child, keep, (give_to(network, parent),))
+    network.deliver(parent, child)
+    network[child].rpc_async(CAROL, keep, (shelf.pop(),))
+    network.kill(child, seen_by=[parent])
+    network.tick(parent)
+    network[parent].rpc_async(OWNER, ignore)  # something to do for the owner between the words of the two
+    network.deliver(parent, OWNER, 9)
+    assert alive() == 1
+    network.settle()
+    assert network.run(shelf[0].to_here).content == "content"
 
 
 # ---- frames that are never sent
@@ -399,7 +444,7 @@ def test_a_remote_call_whose_arguments_cannot_travel_gives_its_entry_back(networ
             network.run(lambda: network[ALICE].remote(BOB, keep, (rref, Unpicklable())))
         network.settle()
     assert network[BOB].holdings() == before
-    opened = network[ALICE].credits(BOB) + network[OWNER].credits(BOB)
+    opened = sum(network[rank].credits(BOB) for rank in (OWNER, ALICE, CAROL))
     figures = network[BOB].table.snapshot()
     assert figures["used"] == opened
     assert figures["free"] + figures["used"] == figures["capacity"] >= free
