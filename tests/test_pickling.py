@@ -57,7 +57,7 @@ def test_identity_and_cycles_survive():
 def test_other_values_come_back(value):
     back = there_and_back(value)
     assert type(back) is type(value)
-    assert repr(back) == repr(value)
+    assert back == value or repr(back) == repr(value)  # exceptions and partials are equal to themselves only
 
 
 def test_lambdas_and_closures_go_by_value():

@@ -2,9 +2,8 @@
 
 import mmap
 
-from fastref._core import Holder, ReferenceTable, table_sizes
-
 from benchmarks.side_by_side import BACKENDS, assert_done, run_side_by_side
+from fastref._core import Holder, ReferenceTable, table_sizes
 
 CAPACITY = 1024
 TURNS = 1000

@@ -16,7 +16,6 @@ import struct
 from collections.abc import Iterable
 
 from fastref._core import Holder, PinQueue, ReferenceTable, table_sizes
-
 from fastref.errors import ReferenceLost
 from tests.model.rules import ReferenceModel
 from tests.model.scenarios import Scenario
