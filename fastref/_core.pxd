@@ -108,8 +108,6 @@ cdef extern from *:
         uint8_t has_entry
 
 
-cdef uint64_t UNSET_ID
-
 cdef fr_failpoints* failpoints() noexcept nogil
 
 

@@ -9,7 +9,7 @@ cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport errno
 from libc.stdint cimport UINT32_MAX
-from libc.stdlib cimport calloc, free, getenv, realloc
+from libc.stdlib cimport calloc, free, getenv
 from libc.string cimport memcpy, memset
 
 from operator import index as index_of
@@ -21,7 +21,6 @@ __all__ = ["IdGenerator", "GloballyUniqueId", "ForkData", "Holder", "ReferenceTa
 
 cdef uint64_t COUNT_BITS = 48
 cdef uint64_t COUNT_MASK = (<uint64_t>1 << 48) - 1
-UNSET_ID = 0xFFFFFFFFFFFFFFFF
 BITS = FR_TABLE_PEERS
 
 cdef enum:

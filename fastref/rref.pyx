@@ -5,7 +5,7 @@ references stay below channels, codec and threads.
 """
 
 cimport cython
-from libc.stdint cimport int64_t, uint16_t, uint32_t
+from libc.stdint cimport uint16_t, uint32_t
 
 from fastref._core cimport Holder, fr_fork
 from fastref._core import GloballyUniqueId

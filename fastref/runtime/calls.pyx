@@ -4,13 +4,12 @@ A synchronous call makes no Future and crosses no thread of its own process: the
 its response slot and reads the answer there.
 """
 
-from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_BLOCK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_FAILED,
-                            FR_VALUE_PENDING, FR_VALUE_READY, fr_add32, fr_descriptor, fr_fence, fr_fork, fr_futex_wait,
-                            fr_futex_wake, fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns,
+from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING,
+                            FR_VALUE_READY, fr_add32, fr_descriptor, fr_fence, fr_fork, fr_futex_wait, fr_futex_wake,
+                            fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns,
                             fr_store32_release, failpoints, fr_failpoints_here)
 from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, WAIT_PEER_DIED, WAIT_STOPPED,
                                      WAIT_TIMED_OUT, fr_slot, fr_waiting)
@@ -18,18 +17,16 @@ from fastref.codec.payload cimport Encoder
 from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef,
                            make_rref)
 from fastref.runtime.peer cimport Peer
-from fastref.runtime.post cimport Post, fr_thread, this_thread
-from fastref.wire.frame cimport (CREDIT_REQUEST, FLAG_BLOCK, FLAG_ERROR, FLAG_EXPLICIT, FLAG_LOCAL, FLAG_METHOD,
-                                 FLAG_PICKLED, INTERN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL,
-                                 fr_block, fr_frame)
+from fastref.runtime.post cimport Post
+from fastref.wire.frame cimport (CREDIT_REQUEST, FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN,
+                                 NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block, fr_frame)
 
-from collections import deque
 from types import BuiltinFunctionType, FunctionType
 from sys import modules as _modules
 
 from fastref.codec import mainmodule
 from fastref.codec.failures import decode_failure
-from fastref.errors import CallTimeout, NotInitialized, OwnerDied, PeerError, ProtocolError, RemoteError, UsageError, WorkerDied
+from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError, WorkerDied
 from fastref.futures import Future
 
 __all__ = ["Caller", "Pending"]

@@ -2,11 +2,10 @@
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
-from fastref._core cimport (FR_BIT_OWNER, FR_INLINE_VALUE, FR_LOST, Holder, fr_add_relaxed, fr_fork, fr_load32_acquire,
-                            fr_now_ns)
-from fastref.channels.channel cimport SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE
+from fastref._core cimport FR_LOST, Holder, fr_add_relaxed, fr_fork, fr_load32_acquire, fr_now_ns
+from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
@@ -15,7 +14,7 @@ from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, 
                                  fr_frame)
 
 from fastref.codec.pickling import dumps, loads
-from fastref.errors import CallTimeout, PeerError, ProtocolError, ResourceError, UsageError
+from fastref.errors import CallTimeout, ProtocolError, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
 __all__ = ["Post"]

@@ -14,8 +14,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_FIRST, FR_INLINE_VALUE, FR_LOST, FR_VALUE_FAILED, FR_VALUE_READY, failpoints,
-                            fr_failpoints_here, fr_fork, fr_load32_acquire, fr_store32_relaxed)
+from fastref._core cimport (FR_FAILPOINT, FR_LOST, failpoints, fr_failpoints_here, fr_fork, fr_load32_acquire,
+                            fr_store32_relaxed)
 from fastref.channels.channel cimport Arrival
 from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
 from fastref.codec.payload cimport Encoder
@@ -24,8 +24,8 @@ from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, 
 from fastref.runtime.calls cimport Caller, Pending
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport fr_thread, this_thread
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN, NO_SLOT,
-                                 PYTHON_CALL, PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED,
+                                 INTERN, NO_SLOT, PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block,
                                  fr_frame, next_fork, parse_frame)
 
 from fastref.codec.failures import decode_failure, encode_failure

@@ -26,7 +26,6 @@ cdef enum:
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block
     FLAG_ERROR = 4       # the answer is an exception
     FLAG_METHOD = 8      # the callable is a method of the first reference
-    FLAG_EXPLICIT = 16   # the caller gave a timeout itself, so it covers the value too
     FLAG_FORKS_IN_BLOCK = 64  # the references lie in the block, before the payload
     FLAG_LOCAL = 32      # never on the wire: the answer lies in this process's own memory
 
