@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BACKENDS = {"fastref": "fastref.rpc", "torch": "torch.distributed.rpc"}
 DEFAULT_STEPS = 10_000
-QUICK_STEPS = 600
+QUICK_STEPS = 2_000
 REPORT_EVERY = 25
 DEFAULT_DEADLINE_S = 120.0
 

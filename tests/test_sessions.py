@@ -257,11 +257,12 @@ def test_a_worker_that_waits_to_leave_still_serves(spawn_workers: Start, name: s
 def leave_in_time(rank: int, init_method: str) -> None:
     join(rank, 3, init_method)
     if rank == 2:
-        while True:
+        waiting = ["w0", "w1"]
+        while waiting:  # this worker stays until both have given it up: a worker that is left alone leaves in peace
             try:
-                rpc.rpc_sync("w0", work.nothing)
+                rpc.rpc_sync(waiting[0], work.nothing)
             except PeerError:
-                break
+                del waiting[0]
             time.sleep(0.01)
         rpc.shutdown(graceful=False)
         return

@@ -55,9 +55,9 @@ class Rounds:
         self.live.discard(rank)
         self._deaths += 1
 
-    def missing(self) -> set[int]:
-        """Who has not reported in the current round."""
-        return self.live - set(self._reports.get(self.number, {}))
+    def missing(self, number: int | None = None) -> set[int]:
+        """Who has not reported in a round; by default the current one."""
+        return self.live - set(self._reports.get(self.number if number is None else number, {}))
 
     def is_over(self) -> bool:
         """True when all that live have reported in the current round."""

@@ -241,8 +241,7 @@ class Runtime(RuleKeeper):
             with self._round_heard:
                 while not self._round_heard.wait_for(self._rounds.is_over, timeout=0.1):
                     if time.monotonic() > deadline:
-                        missing = [self.peers[rank].name for rank in sorted(self._rounds.missing())]
-                        raise CallTimeout(f"shutdown: workers {missing} have not called it, or are still busy")
+                        raise self._not_quiet(self._rounds.missing())
                 if self._rounds.is_quiet():
                     return
 
@@ -250,11 +249,17 @@ class Runtime(RuleKeeper):
         pause_s = 0.0002
         while self.calls_pending or self.is_busy():
             if time.monotonic() > deadline:
-                raise CallTimeout(
-                    f"shutdown: {self.calls_pending} calls of {self.info} have no answer and {self.running} run here"
-                )
+                with self._round_heard:
+                    raise self._not_quiet(self._rounds.missing(self._rounds.number + 1) - {self.rank})
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.01)
+
+    def _not_quiet(self, missing: set[int]) -> CallTimeout:
+        names = [self.peers[rank].name for rank in sorted(missing)]
+        return CallTimeout(
+            f"shutdown: workers {names} have not called it, or are still busy; {self.calls_pending} calls of"
+            f" {self.info} have no answer and {self.running} run here"
+        )
 
     def _leave(self) -> None:
         _alive.discard(self)
