@@ -79,6 +79,8 @@ cdef extern from "fr_atomic.h" nogil:
     void fr_fence()
     void fr_pause()
     int64_t fr_now_ns()
+    uint32_t fr_cpu()
+    uint32_t FR_NO_CPU
     int fr_futex_wait(uint32_t*, uint32_t, int64_t)
     void fr_futex_wake(uint32_t*, int)
 

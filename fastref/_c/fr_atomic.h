@@ -57,6 +57,11 @@ FR_INLINE void fr_pause(void)
 #endif
 }
 
+/* The processor that runs this thread now; a few nanoseconds where the C library has restartable sequences. */
+extern int sched_getcpu(void);
+FR_INLINE uint32_t fr_cpu(void) { return (uint32_t)sched_getcpu(); }
+#define FR_NO_CPU 0xfffffffeu
+
 /* CLOCK_MONOTONIC in nanoseconds: one clock for all processes of a host, so deadlines travel as they are. */
 FR_INLINE int64_t fr_now_ns(void)
 {

@@ -40,7 +40,7 @@ static inline int fr_bell_wake(struct fr_bell *b)
 static inline int fr_bell_ring(struct fr_bell *b, unsigned peer)
 {
     uint64_t *word = &b->ready[peer >> 6], bit = (uint64_t)1 << (peer & 63);
-    /* SYNC: tail before ready; pairs with the consumer's exchange of ready before it reads tail. */
+    /* SYNC: tail before ready; pairs with the consumer, who takes ready before it reads tail. */
     fr_fence();
     if (!(fr_load_relaxed(word) & bit))
         fr_or(word, bit);
@@ -61,22 +61,62 @@ static inline void fr_bell_ring_for_dead(struct fr_bell *b, unsigned peer)
     fr_futex_wake(&b->follower, 1);
 }
 
-/* Consumer: take all ready bits of one word. */
-FR_INLINE uint64_t fr_bell_take(struct fr_bell *b, unsigned index)
+/* The receiver's end of the bell. One ring, the favourite, keeps its ready bit set for good: its producer need not set
+ * it and the consumer not take it, so the line of `ready` stays in both caches, and a message costs the transfer of
+ * its tail and of itself. Whoever looks for work looks at the favourite's tail instead. The bit of a ring that is not
+ * the favourite any more is found set, and taken like any other. */
+struct fr_listener {                /* private to the process, shared by its threads; written with the drain token */
+    struct fr_bell *bell;
+    uint64_t kept[FR_READY_WORDS];  /* the favourite's bit */
+    const uint64_t *tail;           /* how far the favourite is written (shared) */
+    const uint64_t *read;           /* and read (private); both point to `nobody` when there is no favourite */
+    uint64_t nobody;
+};
+
+static inline void fr_listener_prefer(struct fr_listener *l, int peer, const uint64_t *tail, const uint64_t *read)
 {
-    if (!fr_load_relaxed(&b->ready[index]))
+    for (int i = 0; i < FR_READY_WORDS; i++)
+        fr_store_relaxed(&l->kept[i], i == peer >> 6 ? (uint64_t)1 << (peer & 63) : 0);
+    /* relaxed: threads without the token may see half of it; they believe it only after an acquire of the token */
+    __atomic_store_n(&l->tail, tail, __ATOMIC_RELAXED);
+    __atomic_store_n(&l->read, read, __ATOMIC_RELAXED);
+}
+
+static inline void fr_listener_open(struct fr_listener *l, struct fr_bell *bell)
+{
+    l->bell = bell;
+    l->nobody = 0;
+    fr_listener_prefer(l, -64, &l->nobody, &l->nobody);
+}
+
+/* True when the favourite may have something to read. */
+FR_INLINE int fr_listener_favourite(const struct fr_listener *l)
+{
+    const uint64_t *tail = __atomic_load_n(&l->tail, __ATOMIC_RELAXED), *read = __atomic_load_n(&l->read, __ATOMIC_RELAXED);
+    return fr_load_acquire(tail) != fr_load_relaxed(read); /* SYNC: as in fr_ring_peek */
+}
+
+/* Consumer: take all ready bits of one word but the favourite's. */
+FR_INLINE uint64_t fr_listener_take(struct fr_listener *l, unsigned index)
+{
+    uint64_t kept = l->kept[index], bits = fr_load_relaxed(&l->bell->ready[index]) & ~kept;
+    if (!bits)
         return 0;
-    uint64_t bits = fr_exchange(&b->ready[index], 0);
+    if (kept)
+        bits = fr_and(&l->bell->ready[index], kept) & ~kept;
+    else
+        bits = fr_exchange(&l->bell->ready[index], 0);
     fr_fence(); /* SYNC: ready before tail, as in fr_bell_ring */
     return bits;
 }
 
-FR_INLINE int fr_bell_any(const struct fr_bell *b)
+/* True when some ring may have something to read. */
+FR_INLINE int fr_listener_any(const struct fr_listener *l)
 {
     uint64_t any = 0;
     for (unsigned i = 0; i < FR_READY_WORDS; i++)
-        any |= fr_load_relaxed(&b->ready[i]);
-    return any != 0;
+        any |= fr_load_relaxed(&l->bell->ready[i]) & ~fr_load_relaxed(&l->kept[i]);
+    return any != 0 || fr_listener_favourite(l);
 }
 
 #endif

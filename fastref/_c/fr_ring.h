@@ -143,7 +143,7 @@ static inline int fr_ring_peek(struct fr_consumer *c, const char **payload, uint
             uint64_t skip = size & ~FR_RECORD_PADDING;
             if (skip != left || skip > room)
                 return FR_RING_BROKEN;
-            c->head += skip;
+            fr_store_relaxed(&c->head, c->head + skip); /* relaxed: followers only compare it */
             continue;
         }
         uint64_t whole = sizeof(struct fr_record) + fr_ring_round(size);
@@ -166,7 +166,7 @@ static inline void fr_ring_mark_acquired(struct fr_consumer *c)
 /* Done with the record being looked at: its room may be used again. */
 static inline void fr_ring_pop(struct fr_consumer *c)
 {
-    c->head += c->record;
+    fr_store_relaxed(&c->head, c->head + c->record); /* relaxed: followers only compare it */
     c->record = 0;
     /* SYNC: release pairs with the producer's acquire of head: our reads are over. */
     fr_store_release(&c->ring->acquired, c->head);

@@ -18,6 +18,7 @@
 
 struct fr_serving {                 /* private to the process, shared by its threads */
     struct fr_bell *bell;
+    struct fr_listener *listener;   /* of the same bell */
     uint32_t token;                 /* 1: somebody drains */
     uint32_t watcher;               /* 1: a follower is awake and watching */
     uint64_t progress;              /* grows when a leader comes back from user code */
@@ -25,7 +26,9 @@ struct fr_serving {                 /* private to the process, shared by its thr
     uint32_t queued;                /* calls that wait for a thread, and one may have it */
     uint32_t errands;               /* something else to do: a sweep, outcomes to settle */
     uint32_t stopping;
+    uint32_t partner_cpu;           /* where the last caller that waits for its answer ran, or FR_NO_CPU */
     struct fr_waiting waiting;      /* the leader's habit */
+    struct fr_waiting briefly;      /* and with the interpreter lock held */
 };
 
 FR_INLINE int fr_serve_take_token(struct fr_serving *s)
@@ -35,7 +38,7 @@ FR_INLINE int fr_serve_take_token(struct fr_serving *s)
 
 FR_INLINE int fr_serve_has_work(struct fr_serving *s)
 {
-    return fr_bell_any(s->bell) || fr_load32_relaxed(&s->queued) || fr_load32_relaxed(&s->errands);
+    return fr_listener_any(s->listener) || fr_load32_relaxed(&s->queued) || fr_load32_relaxed(&s->errands);
 }
 
 /* The leader, before user code: from here on a message wakes a follower. */
@@ -97,11 +100,20 @@ static inline void fr_serve_stop(struct fr_serving *s)
     fr_futex_wake(&s->bell->follower, 0x7fffffff);
 }
 
+/* The leader with nothing to do, still holding the interpreter lock: a conversation goes on within two microseconds. */
+static inline int fr_serve_wait_briefly(struct fr_serving *s)
+{
+    if (s->partner_cpu == fr_cpu())
+        return 0;
+    return FR_SPIN_BRIEFLY(&s->briefly, fr_serve_has_work(s) || fr_load32_relaxed(&s->stopping));
+}
+
 /* The leader with nothing to do: wait for a message. 1: look at the rings; 0: a slice is over. */
 static inline int fr_serve_wait_leader(struct fr_serving *s, int64_t slice_ns)
 {
     struct fr_bell *b = s->bell;
-    if (FR_SPIN_UNTIL(&s->waiting, fr_serve_has_work(s) || fr_load32_relaxed(&s->stopping)))
+    if (s->partner_cpu != fr_cpu()
+        && FR_SPIN_UNTIL(&s->waiting, fr_serve_has_work(s) || fr_load32_relaxed(&s->stopping)))
         return 1;
     s->waiting.slept++;
     uint32_t seen = fr_load32_acquire(&b->leader); /* SYNC: before armed; pairs with the producer's bump */

@@ -7,7 +7,7 @@ from fastref._core cimport pthread_mutex_t
 
 cdef extern from "fr_ring.h" nogil:
     struct fr_ring:
-        pass
+        uint64_t tail
     struct fr_producer:
         fr_ring* ring
         uint64_t size
@@ -40,9 +40,14 @@ cdef extern from "fr_bell.h" nogil:
         uint32_t armed
         uint32_t leader
         uint32_t follower
+    struct fr_listener:
+        uint64_t* kept
+    void fr_listener_open(fr_listener*, fr_bell*)
+    void fr_listener_prefer(fr_listener*, int, const uint64_t*, const uint64_t*)
+    bint fr_listener_favourite(fr_listener*)
+    uint64_t fr_listener_take(fr_listener*, unsigned)
+    bint fr_listener_any(fr_listener*)
     bint fr_bell_ring(fr_bell*, unsigned)
-    uint64_t fr_bell_take(fr_bell*, unsigned)
-    bint fr_bell_any(fr_bell*)
     void fr_bell_ring_for_dead(fr_bell*, unsigned)
 
 
@@ -80,16 +85,22 @@ cdef struct Source:
 
 cdef class Inbox:
     cdef fr_bell* bell
+    cdef fr_listener listener
     cdef Source* sources
     cdef uint64_t[4] pending
     cdef uint32_t current
     cdef uint32_t drained_in_a_row
+    cdef int favourite          # source whose ready bit stays set; NO_FAVOURITE for none
+    cdef uint32_t alone         # records in a row from one source, with or without pauses
+    cdef uint32_t last
     cdef pthread_mutex_t queue_lock
     cdef object _bell_memory
     cdef dict _rings
 
     cdef int next(self, Arrival* arrival) noexcept nogil
     cdef int _next_in_turn(self) noexcept nogil
+    cdef void _note(self, uint32_t source) noexcept nogil
+    cdef void _prefer(self, int source) noexcept nogil
     cdef int _peek(self, Source* source, Arrival* arrival) noexcept nogil
     cdef void acquired(self) noexcept nogil
     cdef void done(self) noexcept nogil

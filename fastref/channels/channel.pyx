@@ -32,6 +32,8 @@ cdef enum:
     RING = 1
     QUEUE = 2
     ROUND = 64      # records from one peer before the next peer has its turn
+    FAVOUR_AFTER = 8        # records in a row from one ring, others silent, make it the favourite
+    NO_FAVOURITE = -64      # sets no bit
 
 
 cdef class Channel:
@@ -105,6 +107,8 @@ cdef class Inbox:
         if self.sources == NULL:
             raise MemoryError()
         self.current = 0
+        self.favourite = NO_FAVOURITE
+        fr_listener_open(&self.listener, self.bell)
         pthread_mutex_init(&self.queue_lock, NULL)
 
     def __dealloc__(self):
@@ -140,6 +144,8 @@ cdef class Inbox:
     def remove(self, source: int) -> None:
         """Forget a source, once nothing of it is left to read. One caller at a time with ``next``."""
         self._checked(source)
+        if source == self.favourite:
+            self._prefer(NO_FAVOURITE)
         self.sources[source].kind = NOBODY
         self._rings.pop(source, None)
 
@@ -153,7 +159,9 @@ cdef class Inbox:
         cdef int which, found
         cdef Source* source
         for i in range(FR_READY_WORDS):
-            self.pending[i] |= fr_bell_take(self.bell, i)
+            self.pending[i] |= fr_listener_take(&self.listener, i)
+        if fr_listener_favourite(&self.listener):
+            self.pending[self.favourite >> 6] |= <uint64_t>1 << (self.favourite & 63)
         while True:
             which = self.current
             if self.drained_in_a_row >= ROUND or not self.pending[which >> 6] >> (which & 63) & 1:
@@ -167,10 +175,13 @@ cdef class Inbox:
             found = self._peek(source, arrival)
             if found == FR_RING_RECORD:
                 self.drained_in_a_row += 1
+                self._note(which)
                 return 1
             self.pending[which >> 6] &= ~(<uint64_t>1 << (which & 63))
             self.drained_in_a_row = 0
             if found == FR_RING_BROKEN:
+                if which == self.favourite:
+                    self._prefer(NO_FAVOURITE)
                 source.kind = NOBODY
                 source.broken += 1
                 return -1
@@ -188,6 +199,23 @@ cdef class Inbox:
             if bits:
                 return word << 6 | __builtin_ctzll(bits)
         return -1
+
+    cdef void _note(self, uint32_t which) noexcept nogil:
+        """A record came from ``which``: a ring from which all of the last ones came becomes the favourite."""
+        if which != self.last:
+            self.last, self.alone = which, 0
+        self.alone += 1
+        if self.alone == FAVOUR_AFTER and <int>which != self.favourite and self.sources[which].kind == RING:
+            self._prefer(which)
+
+    cdef void _prefer(self, int which) noexcept nogil:
+        cdef fr_consumer* consumer
+        self.favourite = which
+        if which == NO_FAVOURITE:
+            fr_listener_open(&self.listener, self.bell)
+        else:
+            consumer = &self.sources[which].consumer
+            fr_listener_prefer(&self.listener, which, &consumer.ring.tail, &consumer.head)
 
     cdef int _peek(self, Source* source, Arrival* arrival) noexcept nogil:
         cdef Message* message
@@ -304,7 +332,7 @@ cdef class Inbox:
 
     def has_any(self) -> bool:
         """True when a source may have something to read."""
-        return fr_bell_any(self.bell)
+        return fr_listener_any(&self.listener)
 
     def ring_for_dead(self, source: int) -> None:
         """Look at what a dead peer wrote, even if it was killed before it could ring."""

@@ -11,13 +11,18 @@ cdef extern from "fr_slot.h" nogil:
     struct fr_slot:
         uint64_t state
         uint32_t sleeping
+        uint64_t done
         uint32_t size
         uint32_t flags
+        uint32_t caller_cpu
+        uint32_t callee_cpu
         char* data
     uint64_t fr_slot_word(uint64_t, unsigned)
     uint64_t fr_slot_number(uint64_t)
     unsigned fr_slot_state(uint64_t)
     void fr_slot_begin(fr_slot*, uint64_t)
+    bint fr_slot_is_done(const fr_slot*, uint64_t)
+    void fr_slot_expect(fr_slot*)
     bint fr_slot_claim(fr_slot*, uint64_t)
     bint fr_slot_finish(fr_slot*, uint64_t)
     int fr_slot_give_up(fr_slot*, uint64_t)
@@ -49,11 +54,14 @@ cdef class ResponseSlots:
     cdef uint32_t** died
     cdef pthread_mutex_t lock
     cdef fr_waiting waiting
+    cdef fr_waiting briefly
     cdef uint32_t stopped
     cdef object _memory
 
     cdef int begin(self, uint64_t number, uint32_t* died) noexcept nogil
+    cdef bint wait_briefly(self, int slot) noexcept nogil
     cdef int wait(self, int slot, int64_t deadline_ns, int64_t slice_ns) noexcept nogil
+    cdef int look(self, int slot) noexcept nogil
     cdef void _collect_abandoned(self) noexcept nogil
     cdef void end(self, int slot) noexcept nogil
     cdef int give_up(self, int slot, bint dead) noexcept nogil
@@ -67,5 +75,6 @@ cdef class PeerSlots:
     cdef readonly unsigned count
     cdef object _memory
 
+    cdef void expect(self, unsigned slot) noexcept nogil
     cdef fr_slot* claim(self, unsigned slot, uint64_t number) noexcept nogil
     cdef bint still_reads(self, unsigned slot, uint64_t number) noexcept nogil

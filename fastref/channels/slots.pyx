@@ -19,16 +19,17 @@ cdef extern from *:
     """
     #include "fr_wait.h"
     #include "fr_slot.h"
-    static inline int fr_slot_settled(struct fr_slot *s, uint64_t done, uint32_t *died)
+    static inline int fr_slot_spin(struct fr_slot *s, uint64_t number, uint32_t *died, struct fr_waiting *w)
     {
-        return fr_load_acquire(&s->state) == done || fr_load32_relaxed(died);
+        return FR_SPIN_UNTIL(w, fr_slot_is_done(s, number) || fr_load32_relaxed(died));
     }
-    static inline int fr_slot_spin(struct fr_slot *s, uint64_t done, uint32_t *died, struct fr_waiting *w)
+    static inline int fr_slot_spin_briefly(struct fr_slot *s, uint64_t number, uint32_t *died, struct fr_waiting *w)
     {
-        return FR_SPIN_UNTIL(w, fr_slot_settled(s, done, died));
+        return FR_SPIN_BRIEFLY(w, fr_slot_is_done(s, number) || fr_load32_relaxed(died));
     }
     """
     int fr_slot_spin(fr_slot*, uint64_t, uint32_t*, fr_waiting*) nogil
+    int fr_slot_spin_briefly(fr_slot*, uint64_t, uint32_t*, fr_waiting*) nogil
     int __builtin_ctzll(unsigned long long) nogil
 
 
@@ -98,6 +99,12 @@ cdef class ResponseSlots:
                 self.abandoned &= ~bit
                 self.free_mask |= bit
 
+    cdef bint wait_briefly(self, int slot) noexcept nogil:
+        """Wait for about 2 us, for a caller that keeps the interpreter lock; True when the answer is there."""
+        cdef fr_slot* s = &self.slots[slot]
+        fr_slot_spin_briefly(s, self.numbers[slot], self.died[slot], &self.briefly)
+        return fr_slot_is_done(s, self.numbers[slot])
+
     cdef int wait(self, int slot, int64_t deadline_ns, int64_t slice_ns) noexcept nogil:
         """Wait for the answer: WAIT_DONE, or why there is none yet.
 
@@ -105,28 +112,32 @@ cdef class ResponseSlots:
         """
         cdef fr_slot* s = &self.slots[slot]
         cdef uint32_t* died = self.died[slot]
-        cdef uint64_t done = fr_slot_word(self.numbers[slot], FR_SLOT_DONE)
+        cdef uint64_t number = self.numbers[slot]
         cdef int64_t left
         cdef int error
         if not slice_ns:
-            fr_slot_spin(s, done, died, &self.waiting)
-        elif fr_load_acquire(&s.state) != done:
+            fr_slot_spin(s, number, died, &self.waiting)
+        elif not fr_slot_is_done(s, number):
             self.waiting.slept += 1
             if deadline_ns:
                 left = deadline_ns - fr_now_ns()
                 if left <= 0:
-                    return WAIT_DONE if fr_load_acquire(&s.state) == done else WAIT_TIMED_OUT
+                    return WAIT_DONE if fr_slot_is_done(s, number) else WAIT_TIMED_OUT
                 if slice_ns < 0 or left < slice_ns:
                     slice_ns = left
             fr_store32_release(&s.sleeping, 1)
-            fr_fence()  # SYNC: sleeping before state; pairs with the callee's DONE before sleeping
+            fr_fence()  # SYNC: sleeping before done; pairs with the callee's done before sleeping
             error = 0
-            if fr_load_acquire(&s.state) != done and not fr_load32_relaxed(died) and not fr_load32_relaxed(&self.stopped):
+            if not fr_slot_is_done(s, number) and not fr_load32_relaxed(died) and not fr_load32_relaxed(&self.stopped):
                 error = fr_futex_wait(&s.sleeping, 1, slice_ns)
             fr_store32_release(&s.sleeping, 0)
-        if fr_load_acquire(&s.state) == done:  # SYNC: pairs with the callee's DONE
+        return self.look(slot)
+
+    cdef int look(self, int slot) noexcept nogil:
+        """How things stand with the answer, without waiting."""
+        if fr_slot_is_done(&self.slots[slot], self.numbers[slot]):  # SYNC: pairs with fr_slot_finish
             return WAIT_DONE
-        if fr_load32_acquire(died):
+        if fr_load32_acquire(self.died[slot]):
             return WAIT_PEER_DIED
         if fr_load32_relaxed(&self.stopped):
             return WAIT_STOPPED
@@ -207,6 +218,11 @@ cdef class PeerSlots:
         self._memory = memoryview(memory)
         self.slots = <fr_slot*>&room[0]
         self.count = count
+
+    cdef void expect(self, unsigned slot) noexcept nogil:
+        """An answer will be written to this slot soon."""
+        if slot < self.count:
+            fr_slot_expect(&self.slots[slot])
 
     cdef fr_slot* claim(self, unsigned slot, uint64_t number) noexcept nogil:
         """The slot to write the answer of call ``number`` to, or NULL when the caller has given up."""

@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING,
-                            FR_VALUE_READY, fr_add32, fr_descriptor, fr_fence, fr_fork, fr_futex_wait, fr_futex_wake,
+                            FR_VALUE_READY, fr_add32, fr_cpu, fr_descriptor, fr_fence, fr_fork, fr_futex_wait, fr_futex_wake,
                             fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns,
                             fr_store32_release, failpoints, fr_failpoints_here)
 from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, WAIT_PEER_DIED, WAIT_STOPPED,
@@ -243,8 +243,13 @@ cdef class Caller(Post):
             self.slots.give_up(slot, True)
             raise
         self.encoder_done(body)
-        with nogil:
-            status = self.slots.wait(slot, deadline_ns, 0)
+        if peer.cpu == fr_cpu():  # it runs when we sleep; if it has preempted us already, the answer is there
+            status = self.slots.look(slot)
+        elif peer.rank != self.rank and self.slots.wait_briefly(slot):
+            status = WAIT_DONE
+        else:
+            with nogil:
+                status = self.slots.wait(slot, deadline_ns, 0)
         if status != WAIT_DONE:
             self._wait_longer(peer, slot, deadline_ns, timeout_s, what)
         return self.read_slot(peer, slot, call)
@@ -288,6 +293,7 @@ cdef class Caller(Post):
         cdef char[FR_SLOT_ROOM] copy
         cdef uint32_t size = fr_load32_relaxed(&s.size), flags = fr_load32_relaxed(&s.flags)
         cdef fr_block block
+        peer.cpu = fr_load32_relaxed(&s.callee_cpu)
         if flags & FLAG_LOCAL:
             self.slots.end(slot)
             value, error = self.arrived.pop(call)

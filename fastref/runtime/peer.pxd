@@ -22,6 +22,7 @@ cdef class Peer:
     cdef public bint greeted
     cdef public bint left               # it said goodbye
     cdef uint32_t died
+    cdef uint32_t cpu           # where it ran when it last left an answer in a slot
     cdef public str death
     cdef uint32_t numbers_given
     cdef dict numbers                   # callable -> (number, module dict, name): what it knows by number

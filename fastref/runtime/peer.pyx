@@ -5,7 +5,7 @@ from threading import Condition
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from fastref._core cimport Holder, PinQueue, fr_load32_acquire, fr_store32_release
+from fastref._core cimport FR_NO_CPU, Holder, PinQueue, fr_load32_acquire, fr_store32_release
 from fastref.carriers.arena cimport Arena, PeerArena
 from fastref.channels.channel cimport Channel
 from fastref.channels.slots cimport PeerSlots
@@ -43,6 +43,7 @@ cdef class Peer:
         self.credits, self.slot_loans, self.loans, self.outgoing = [], [], deque(), deque()
         self.lock = Condition()
         self.credit_window = 32
+        self.cpu = FR_NO_CPU
 
     @property
     def name(self) -> str:

@@ -186,6 +186,8 @@ cdef class Post(Wiring):
                 self._cannot_send(peer, position, head_size + size)
             elif not position:
                 peer.outgoing.append((start[:head_size] + (payload[:size] if size else b""), pinned, lent))
+                if not fr_this_thread.leading:
+                    self.wake_leader()  # it may sleep already, and it alone sends what was kept
         except BaseException:
             if pinned is not None:
                 self._unpin(peer, pinned)
@@ -349,6 +351,9 @@ cdef class Post(Wiring):
             nap_ns = min(nap_ns * 2, 1000000)
 
     cdef int drain_while_waiting(self) except -1:
+        raise NotImplementedError
+
+    def wake_leader(self) -> None:
         raise NotImplementedError
 
     cdef int share(self, RRef rref) except -1:

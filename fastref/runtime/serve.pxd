@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastref.channels.channel cimport Arrival, fr_bell
+from fastref.channels.channel cimport Arrival, fr_bell, fr_listener
 from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport OwnedValue, RRef
@@ -14,6 +14,7 @@ from fastref.wire.frame cimport FrameView, fr_frame
 cdef extern from "fr_serve.h" nogil:
     struct fr_serving:
         fr_bell* bell
+        fr_listener* listener
         uint32_t token
         uint32_t watcher
         uint64_t progress
@@ -21,6 +22,7 @@ cdef extern from "fr_serve.h" nogil:
         uint32_t queued
         uint32_t errands
         uint32_t stopping
+        uint32_t partner_cpu
         fr_waiting waiting
     bint fr_serve_take_token(fr_serving*)
     void fr_serve_pass_token(fr_serving*)
@@ -29,6 +31,7 @@ cdef extern from "fr_serve.h" nogil:
     void fr_serve_unblock(fr_serving*)
     void fr_serve_kick(fr_serving*)
     void fr_serve_stop(fr_serving*)
+    bint fr_serve_wait_briefly(fr_serving*)
     bint fr_serve_wait_leader(fr_serving*, int64_t)
     bint fr_serve_follow(fr_serving*, int64_t)
 

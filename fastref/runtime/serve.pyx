@@ -14,7 +14,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_LOST, failpoints, fr_failpoints_here, fr_fork, fr_load32_acquire,
+from fastref._core cimport (FR_FAILPOINT, FR_LOST, FR_NO_CPU, failpoints, fr_failpoints_here, fr_fork, fr_load32_acquire, fr_load32_relaxed,
                             fr_store32_relaxed)
 from fastref.channels.channel cimport Arrival
 from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
@@ -58,7 +58,7 @@ cdef class Server(Caller):
 
     def __init__(self, *args, thread_cap: int = 16, **kwargs):
         super().__init__(*args, **kwargs)
-        self.serving.bell = self.inbox.bell
+        self.serving.bell, self.serving.listener = self.inbox.bell, &self.inbox.listener
         self.thread_cap = thread_cap
         self.queue, self.controls = deque(), deque()
         self.completions, self.errands = [], deque()
@@ -127,8 +127,9 @@ cdef class Server(Caller):
                     nap_ns = slice_ns
                 else:  # nobody rings when a full ring has room again: look, less and less often
                     nap_ns = SHORTEST_NAP_NS if nap_ns == slice_ns else min(nap_ns * 2, LONGEST_NAP_NS)
-                with nogil:
-                    fr_serve_wait_leader(&self.serving, nap_ns)
+                if not fr_serve_wait_briefly(&self.serving):
+                    with nogil:
+                        fr_serve_wait_leader(&self.serving, nap_ns)
             if me.leading:
                 me.leading = False
                 fr_store32_relaxed(&self.serving.token, 0)
@@ -305,6 +306,8 @@ cdef class Server(Caller):
         FR_FAILPOINT("ring.reader_holds")
         if not parse_frame(arrival.data, arrival.size, &view):
             raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
+        if view.head.slot != NO_SLOT and view.head.kind != PYTHON_RET:
+            peer.slots.expect(view.head.slot)
         payload, size = view.payload, view.payload_size
         if view.head.flags & FLAG_BLOCK:
             memcpy(&block, payload, sizeof(fr_block))
@@ -428,6 +431,7 @@ cdef class Server(Caller):
                 self.running += 1
                 me.running += 1
                 me.deadline_ns = job.head.deadline_ns
+                self.serving.partner_cpu = FR_NO_CPU
                 FR_FAILPOINT("call.running")
                 try:
                     body = self.execute(job, &flags)
@@ -616,6 +620,7 @@ cdef class Server(Caller):
                         self.arena.give_back(lent)
                     return 0
                 FR_FAILPOINT("slot.writing")
+                self.serving.partner_cpu = fr_load32_relaxed(&slot.caller_cpu)
                 if lent >= 0:
                     block.offset, block.size = lent, size
                     memcpy(slot.data, &block, sizeof(fr_block))

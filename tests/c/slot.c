@@ -84,21 +84,16 @@ static void *serve(void *argument)
     }
 }
 
-static int is_done(const struct fr_slot *s, uint64_t number)
-{
-    return fr_load_acquire(&s->state) == fr_slot_word(number, FR_SLOT_DONE);
-}
-
 /* Wait until the answer is there or the deadline over; 0 deadline: for ever, and asleep without slices. */
 static int wait_for(struct fr_slot *s, uint64_t number, int64_t deadline_ns)
 {
-    while (!is_done(s, number)) {
+    while (!fr_slot_is_done(s, number)) {
         int64_t left = deadline_ns ? deadline_ns - fr_now_ns() : -1;
         if (deadline_ns && left <= 0)
             return 0;
         fr_store32_release(&s->sleeping, 1);
         fr_fence();
-        if (!is_done(s, number))
+        if (!fr_slot_is_done(s, number))
             fr_futex_wait(&s->sleeping, 1, left);
         fr_store32_release(&s->sleeping, 0);
     }
