@@ -34,7 +34,6 @@ cdef class Caller(Post):
     cdef fr_waiting fetch_waiting
     cdef public int64_t next_expiry_ns  # no pending call ends before
     cdef public uint64_t fetched_directly, fetched_by_message
-    cdef readonly object future_class
 
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
                      dict kwargs) except -1

@@ -21,6 +21,8 @@ from fastref.runtime.post cimport Post
 from fastref.wire.frame cimport (CREDIT_REQUEST, FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN,
                                  NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block, fr_frame)
 
+import cython
+import torch
 from types import BuiltinFunctionType, FunctionType
 from sys import modules as _modules
 
@@ -56,9 +58,20 @@ fr_failpoints_here = failpoints()
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1
 cdef int64_t NEVER = 0x7FFFFFFFFFFFFFFF
 
+# What `Future()` and `set_result` come to, without the Python frames in between: they were a quarter of a call.
+cdef object _new_future = Future.__new__
+cdef object _init_future = torch._C.Future.__init__
+cdef object _set_result = torch._C.Future.set_result
+cdef list _NO_DEVICES = []
 
+
+@cython.no_gc
 cdef class Pending:
-    """One asynchronous call that has not been answered."""
+    """One asynchronous call that has not been answered.
+
+    The garbage collector does not track it: each call in flight would bring the next full collection nearer, and the
+    only cycle through it, with its future, is cut when it is settled.
+    """
 
     cdef int settle(self, object value, object error) except -1:
         """Note the outcome, once; wake whoever waits."""
@@ -73,7 +86,7 @@ cdef class Pending:
             elif error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(value)
+                _set_result(future, value)
         finally:
             fr_store32_release(&self.settled, 1)
         fr_fence()  # SYNC: settled before sleepers; pairs with the waiter's sleepers before settled
@@ -111,7 +124,6 @@ cdef class Caller(Post):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.pending, self.arrived = {}, {}
-        self.future_class = Future
         self.next_expiry_ns = NEVER
 
     cdef void blocked(self, bint yes) noexcept:
@@ -383,7 +395,8 @@ cdef class Caller(Post):
         cdef Pending pending
         self.prepare(peer, &head, body, func, target, method, args, kwargs)
         head.kind = PYTHON_CALL
-        future = self.future_class()
+        future = _new_future(Future)
+        _init_future(future, _NO_DEVICES)
         pending = self.pend(peer, &head, timeout_s, future, func if target is None else method)
         future._pending = pending
         try:
