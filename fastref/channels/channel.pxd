@@ -95,7 +95,7 @@ cdef class Inbox:
     cdef uint32_t last
     cdef pthread_mutex_t queue_lock
     cdef object _bell_memory
-    cdef dict _rings
+    cdef list _rings
 
     cdef int next(self, Arrival* arrival) noexcept nogil
     cdef int _next_in_turn(self) noexcept nogil

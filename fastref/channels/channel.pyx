@@ -101,7 +101,7 @@ cdef class Inbox:
         if memory.shape[0] < BELL_BYTES:
             raise UsageError(f"a bell needs {BELL_BYTES} bytes, got {memory.shape[0]}")
         self._bell_memory = memoryview(bell)
-        self._rings = {}
+        self._rings = []
         self.bell = <fr_bell*>&memory[0]
         self.sources = <Source*>calloc(FR_MAX_PEERS, sizeof(Source))
         if self.sources == NULL:
@@ -131,7 +131,7 @@ cdef class Inbox:
         self._checked(source)
         if size_bytes < 1024 or size_bytes > 1 << 30 or size_bytes & (size_bytes - 1) or memory.shape[0] < size_bytes + <Py_ssize_t>FR_RING_DATA_OFFSET:
             raise UsageError(f"a ring of {size_bytes} bytes in {memory.shape[0]} bytes of memory")
-        self._rings[source] = memoryview(ring)
+        self._rings.append(memoryview(ring))  # for good: a thread without the token may be looking at its tail
         fr_consumer_open(&self.sources[source].consumer, &memory[0], size_bytes)
         self.sources[source].kind = RING
         fr_or(&self.bell.ready[source >> 6], <uint64_t>1 << (source & 63))  # look at it once: it may hold something
@@ -147,7 +147,6 @@ cdef class Inbox:
         if source == self.favourite:
             self._prefer(NO_FAVOURITE)
         self.sources[source].kind = NOBODY
-        self._rings.pop(source, None)
 
     def _checked(self, source):
         if not 0 <= source < FR_MAX_PEERS:
