@@ -275,6 +275,9 @@ def test_memory_stays_as_long_as_a_channel_or_an_inbox_uses_it(shm):
             memory.extend(b"more")
     del channel
     shm.inbox.remove(0)
+    with pytest.raises(BufferError):  # some thread may be looking whether there is anything to read
+        shm.rings[0].extend(b"more")
+    del shm.inbox
     shm.rings[0].extend(b"more")
 
 

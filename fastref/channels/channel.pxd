@@ -93,6 +93,7 @@ cdef class Inbox:
     cdef int favourite          # source whose ready bit stays set; NO_FAVOURITE for none
     cdef uint32_t alone         # records in a row from one source, with or without pauses
     cdef uint32_t last
+    cdef uint64_t taken         # records that were done with, from all sources
     cdef pthread_mutex_t queue_lock
     cdef object _bell_memory
     cdef list _rings

@@ -241,6 +241,7 @@ cdef class Inbox:
         cdef Source* source = &self.sources[self.current]
         cdef Message* message
         source.received += 1
+        self.taken += 1
         if source.kind == RING:
             fr_ring_pop(&source.consumer)
         elif source.kind == QUEUE:

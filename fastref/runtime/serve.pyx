@@ -44,6 +44,7 @@ cdef enum:
     BATCH = 64              # answers that are settled together, so that the token is passed on once for all of them
     BASE_THREADS = 2        # always there; measured: four eager threads halve the rate of short functions
     LARGEST_PUBLISHED = 1 << 20
+    CONVERSATION = 256      # waits in a row for which the leader keeps the interpreter lock
     SHORTEST_NAP_NS = 50000     # between looks at a peer's full ring
     LONGEST_NAP_NS = 10000000
     GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
@@ -104,6 +105,8 @@ cdef class Server(Caller):
         cdef int64_t nap_ns = slice_ns
         cdef int idle_slices = 0
         cdef int status
+        cdef uint64_t taken = 0
+        cdef unsigned in_a_row = 0
         while not self.serving.stopping:
             with nogil:
                 mine = fr_serve_follow(&self.serving, slice_ns)
@@ -127,9 +130,14 @@ cdef class Server(Caller):
                     nap_ns = slice_ns
                 else:  # nobody rings when a full ring has room again: look, less and less often
                     nap_ns = SHORTEST_NAP_NS if nap_ns == slice_ns else min(nap_ns * 2, LONGEST_NAP_NS)
-                if not fr_serve_wait_briefly(&self.serving):
-                    with nogil:
-                        fr_serve_wait_leader(&self.serving, nap_ns)
+                # With the interpreter lock held only while records come in, and not for long: other threads want it.
+                if self.inbox.taken != taken and in_a_row < CONVERSATION and fr_serve_wait_briefly(&self.serving):
+                    taken = self.inbox.taken
+                    in_a_row += 1
+                    continue
+                in_a_row = 0
+                with nogil:
+                    fr_serve_wait_leader(&self.serving, nap_ns)
             if me.leading:
                 me.leading = False
                 fr_store32_relaxed(&self.serving.token, 0)
@@ -429,6 +437,8 @@ cdef class Server(Caller):
                 errand = None
             if job is not None:
                 self.running += 1
+                if self.queue:
+                    self.count_queue()  # this may have been the last one that may run
                 me.running += 1
                 me.deadline_ns = job.head.deadline_ns
                 self.serving.partner_cpu = FR_NO_CPU
