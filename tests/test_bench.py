@@ -19,6 +19,7 @@ from fastref.bench import ROWS, Comparison, Effort, Group, Reach, Row, Summary, 
 from fastref.bench.__main__ import main
 from fastref.bench.caller import Caller
 from fastref.bench.group import burner
+from fastref.bench.line import LINE_BYTES, Line
 from fastref.bench.report import BEGIN, END, format_figure, markdown, text_table, to_json, write_markdown
 from fastref.bench.rows import reached
 from fastref.bench.timing import BATCH, summarize, time_each
@@ -55,7 +56,7 @@ def _comparison(**figures: dict[str, list[float]]) -> Comparison:
                     for row, by_backend in figures.items()
                     if backend in by_backend
                 }
-                for backend in ("torch", "fastref", "pipe")
+                for backend in ("torch", "fastref", "pipe", "line")
                 if backend in backends
             }
             for number in range(rounds)
@@ -65,7 +66,7 @@ def _comparison(**figures: dict[str, list[float]]) -> Comparison:
 
 @pytest.fixture(scope="module")
 def measured() -> Comparison:
-    return compare(("torch", "pipe"), rounds=1, effort=TINY)
+    return compare(("torch", "pipe", "line"), rounds=1, effort=TINY)
 
 
 def test_torch_fills_every_row_with_a_positive_figure(measured):
@@ -74,10 +75,28 @@ def test_torch_fills_every_row_with_a_positive_figure(measured):
         assert summary.p50 > 0 and summary.operations > 0, row
 
 
-def test_the_pipe_is_the_floor_of_calls_alone_and_beside_a_burning_core(measured):
-    floor = measured.rounds[0]["pipe"]
+@pytest.mark.parametrize("backend", ["pipe", "line"])
+def test_the_floors_are_measured_alone_and_beside_a_burning_core(measured, backend):
+    floor = measured.rounds[0][backend]
     assert list(floor) == ["call", "call_burn"]
     assert all(summary.p50 > 0 for summary in floor.values())
+
+
+def test_a_line_brings_every_number_back():
+    memory = bytearray(LINE_BYTES)
+    line = Line(memory)
+    echo = threading.Thread(target=Line(memory).echo)
+    echo.start()
+    try:
+        for _ in range(1000):
+            line.round_trip()
+    finally:
+        numbers = bytes(memory)
+        line.end()
+        echo.join()
+    assert numbers[0] == numbers[64] == 1000 % 256
+    with pytest.raises(FastrefError, match="two cache lines in 64 bytes"):
+        Line(bytearray(64))
 
 
 def test_rows_are_measured_that_were_asked_for_and_no_others():
@@ -187,17 +206,17 @@ def test_figures_read_without_exponents(value, text):
 
 def test_the_table_shows_both_sides_the_floor_the_ratio_and_the_verdict():
     comparison = _comparison(
-        call={"torch": [600.0], "fastref": [4.0], "pipe": [5.0]},
+        call={"torch": [600.0], "fastref": [4.0], "pipe": [5.0], "line": [0.5]},
         idle_threads={"torch": [39.0], "fastref": [7.0]},
     )
     heading, *lines = text_table(comparison).splitlines()
-    assert heading.split() == "row unit torch p50 p99 fastref p50 p99 pipe p50 ratio reach reached".split()
+    assert heading.split() == "row unit torch p50 p99 fastref p50 p99 pipe p50 line p50 ratio reach reached".split()
     call, threads = (line.split("  ") for line in lines)
     assert [cell.strip() for cell in call if cell] == [
-        "empty `rpc_sync`", "us", "600", "1,200", "4", "8", "5", "150x", "150x torch", "yes",
+        "empty `rpc_sync`", "us", "600", "1,200", "4", "8", "5", "0.500", "150x", "150x torch", "yes",
     ]  # fmt: skip
     assert [cell.strip() for cell in threads if cell.strip()] == [
-        "idle worker, threads", "39", "78", "7", "14", "-", "5.57x", "<= 6", "no",
+        "idle worker, threads", "39", "78", "7", "14", "-", "-", "5.57x", "<= 6", "no",
     ]  # fmt: skip
 
 

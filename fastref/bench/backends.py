@@ -1,8 +1,9 @@
-"""What is compared: torch's RPC, fastref's, and one byte through a pipe as the floor."""
+"""What is compared: torch's RPC, fastref's, and two floors: one byte through a pipe, one word in shared memory."""
 
 from __future__ import annotations
 
 import importlib
+import mmap
 import os
 import socket
 import tempfile
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Protocol
 
 from fastref.bench.caller import Caller, worker_name
+from fastref.bench.line import LINE_BYTES, Line
 from fastref.bench.timing import Effort, Summary, time_each
 from fastref.errors import FastrefError
 
@@ -163,6 +165,52 @@ class PipeCaller:
             raise FastrefError("the process at the other end of the pipe is gone")
 
 
+class LineBackend:
+    """Two processes and one word in shared memory that both poll: no system call, no Python at the other end."""
+
+    name = "line"
+    world_size = 2
+    offers = frozenset({"call", "exercise"})
+    observed = False
+    import_counts = False
+
+    @contextmanager
+    def address(self) -> Iterator[str]:
+        with tempfile.NamedTemporaryFile(prefix="fastref-bench-") as file:
+            file.write(bytes(LINE_BYTES))
+            file.flush()
+            yield file.name
+
+    def load(self) -> None:
+        """Nothing to import."""
+
+    def join(self, rank: int, address: str) -> LineCaller:
+        with open(address, "r+b") as file:
+            line = Line(mmap.mmap(file.fileno(), LINE_BYTES))
+        if rank == 1:
+            threading.Thread(target=line.echo, name="echo", daemon=True).start()
+        return LineCaller(line)
+
+    def leave(self) -> None:
+        """The thread that polls ends with its process."""
+
+
+class LineCaller:
+    """The one measurement a line offers."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+
+    def call(self, effort: Effort) -> Summary:
+        """Microseconds for a word to go to the other process and back."""
+        return time_each(self._line.round_trip, effort)
+
+    def exercise(self, effort: Effort) -> None:
+        """Send words to and fro."""
+        for _ in range(effort.exercise_calls):
+            self._line.round_trip()
+
+
 def _echo_bytes(read_from: int, write_to: int) -> None:
     while byte := os.read(read_from, 1):
         os.write(write_to, byte)
@@ -174,5 +222,6 @@ BACKENDS: dict[str, Backend] = {
         RpcBackend("torch", "torch.distributed.rpc", "TensorPipeRpcBackendOptions", import_counts=False),
         LocalRpcBackend("fastref", "fastref.rpc", "RpcBackendOptions", import_counts=True),
         PipeBackend(),
+        LineBackend(),
     )
 }

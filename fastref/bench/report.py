@@ -19,7 +19,19 @@ from fastref.errors import UsageError
 
 __all__ = ["format_figure", "machine", "text_table", "to_json", "write_markdown"]
 
-HEADINGS = ("row", "unit", "torch p50", "p99", "fastref p50", "p99", "pipe p50", "ratio", "reach", "reached")
+HEADINGS = (
+    "row",
+    "unit",
+    "torch p50",
+    "p99",
+    "fastref p50",
+    "p99",
+    "pipe p50",
+    "line p50",
+    "ratio",
+    "reach",
+    "reached",
+)
 ABSENT = "-"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
@@ -131,6 +143,7 @@ def _line(comparison: Comparison, name: str) -> list[str]:
         row.unit,
         *(format_figure(figures.get(backend)) for backend in ("torch", "fastref") for figures in (p50, p99)),
         format_figure(p50.get("pipe")),
+        format_figure(p50.get("line")),
         ABSENT if ratio is None else f"{format_figure(ratio)}x",
         str(row.reach) if row.reach else ABSENT,
         ABSENT if reached is None else "yes" if reached else "no",

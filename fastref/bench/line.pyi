@@ -1,0 +1,13 @@
+"""Types of the compiled ``fastref.bench.line``."""
+
+from typing_extensions import Buffer
+
+__all__ = ["LINE_BYTES", "Line"]
+
+LINE_BYTES: int
+
+class Line:
+    def __init__(self, memory: Buffer) -> None: ...
+    def round_trip(self) -> None: ...
+    def end(self) -> None: ...
+    def echo(self) -> None: ...
