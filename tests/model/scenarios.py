@@ -70,12 +70,23 @@ SCENARIOS = {
         {**_send((OWNER, ANN, 1), (ANN, BEN, 1)), "kill": 1}, holders=((OWNER, 0),), abroad=(ANN, BEN)),
     "two deaths around one without a bit": Scenario(
         {**_send((ANN, BEN, 1), (ANN, CAY, 1)), "kill": 2}, holders=((ANN, 0),), users=_THREE, abroad=(CAY,)),
+    "a chain of deaths without bits": Scenario(
+        {**_send((ANN, BEN, 1), (BEN, CAY, 1)), "kill": 2}, holders=((ANN, 0),), users=_THREE, abroad=(BEN, CAY)),
+    "a chain of deaths, all without bits": Scenario(
+        {**_send((OWNER, ANN, 1), (ANN, BEN, 1), (BEN, CAY, 1)), "kill": 2},
+        holders=((OWNER, 0),), users=_THREE, abroad=(ANN, BEN, CAY)),
+    "a ring of deaths": Scenario(
+        {**_send((ANN, BEN, 1), (BEN, CAY, 1), (CAY, OWNER, 1)), "kill": 3},
+        holders=((ANN, 0),), users=_THREE, abroad=(BEN, CAY)),
     "late request of one without a bit": Scenario(
         {**_send((ANN, BEN, 1)), ("grant", ANN): 1, "kill": 2}, holders=((ANN, 0),), abroad=(BEN,)),
 }  # fmt: skip
 """Every scenario of the whole search, by name."""
 
-_LARGE = ("two hops, two deaths", "two entries", "republish", "two deaths around one without a bit")
+_LARGE = (
+    "two hops, two deaths", "two entries", "republish", "two deaths around one without a bit",
+    "a chain of deaths, all without bits", "a ring of deaths",
+)  # fmt: skip
 
 QUICK = tuple(name for name in SCENARIOS if name not in _LARGE)
 """Scenarios small enough for every run of the tests."""
