@@ -4,13 +4,12 @@ The waiting thread polls its own slot: no thread in between, no queue. It spins 
 lock, then sleeps on the slot's futex word, in slices, so that deadlines, signals and deaths are noticed.
 """
 
-from libc.errno cimport EINTR
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from fastref._core cimport (fr_cas32, fr_fence, fr_futex_wait, fr_futex_wake, fr_load32_acquire, fr_load32_relaxed,
-                            fr_load_acquire, fr_now_ns, fr_store32_release, fr_store_release, pthread_mutex_destroy, pthread_mutex_init,
-                            pthread_mutex_lock, pthread_mutex_unlock)
+from fastref._core cimport (fr_fence, fr_futex_wait, fr_futex_wake, fr_load32_acquire, fr_load32_relaxed,
+                            fr_load_acquire, fr_now_ns, fr_store32_release, fr_store_release, pthread_mutex_destroy,
+                            pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 from fastref.errors import ProtocolError, UsageError
 
 __all__ = ["ResponseSlots", "PeerSlots", "slot_bytes"]
@@ -40,6 +39,13 @@ def slot_bytes(count: int) -> int:
     return count * sizeof(fr_slot)
 
 
+cdef fr_slot* _slots_in(object memory, unsigned count) except NULL:
+    cdef unsigned char[::1] room = memory
+    if room.shape[0] < slot_bytes(count):
+        raise ProtocolError(f"{count} response slots in {room.shape[0]} bytes of memory")
+    return <fr_slot*>&room[0]
+
+
 cdef class ResponseSlots:
     """The slots of this process, in which callees leave small answers.
 
@@ -52,11 +58,8 @@ cdef class ResponseSlots:
     """
 
     def __cinit__(self, memory, count: int):
-        cdef unsigned char[::1] room = memory
-        if room.shape[0] < slot_bytes(count):
-            raise ProtocolError(f"{count} response slots in {room.shape[0]} bytes of memory")
         self._memory = memoryview(memory)
-        self.slots = <fr_slot*>&room[0]
+        self.slots = _slots_in(memory, count)
         self.count = count
         self.free_mask = (<uint64_t>0xFFFFFFFFFFFFFFFF) >> (64 - count)
         self.numbers = <uint64_t*>calloc(count, sizeof(uint64_t))
@@ -114,7 +117,6 @@ cdef class ResponseSlots:
         cdef uint32_t* died = self.died[slot]
         cdef uint64_t number = self.numbers[slot]
         cdef int64_t left
-        cdef int error
         if not slice_ns:
             fr_slot_spin(s, number, died, &self.waiting)
         elif not fr_slot_is_done(s, number):
@@ -127,9 +129,8 @@ cdef class ResponseSlots:
                     slice_ns = left
             fr_store32_release(&s.sleeping, 1)
             fr_fence()  # SYNC: sleeping before done; pairs with the callee's done before sleeping
-            error = 0
             if not fr_slot_is_done(s, number) and not fr_load32_relaxed(died) and not fr_load32_relaxed(&self.stopped):
-                error = fr_futex_wait(&s.sleeping, 1, slice_ns)
+                fr_futex_wait(&s.sleeping, 1, slice_ns)
             fr_store32_release(&s.sleeping, 0)
         return self.look(slot)
 
@@ -212,11 +213,8 @@ cdef class PeerSlots:
     """
 
     def __cinit__(self, memory, count: int):
-        cdef unsigned char[::1] room = memory
-        if room.shape[0] < slot_bytes(count):
-            raise ProtocolError(f"{count} response slots in {room.shape[0]} bytes of memory")
         self._memory = memoryview(memory)
-        self.slots = <fr_slot*>&room[0]
+        self.slots = _slots_in(memory, count)
         self.count = count
 
     cdef void expect(self, unsigned slot) noexcept nogil:
