@@ -39,7 +39,7 @@ def slot_bytes(count: int) -> int:
     return count * sizeof(fr_slot)
 
 
-cdef fr_slot* _slots_in(object memory, unsigned count) except NULL:
+cdef fr_slot* _slots_in(object memory, object count) except NULL:
     cdef unsigned char[::1] room = memory
     if room.shape[0] < slot_bytes(count):
         raise ProtocolError(f"{count} response slots in {room.shape[0]} bytes of memory")
