@@ -25,7 +25,7 @@ __all__ = ["Job", "in_job", "job_fixtures", "names"]
 # Workers outlive the tests of one module; the watchdog of a single test ends them when it hangs.
 JOB_LIFETIME_S = 900.0
 # What was let go of is gone within a second; a busy machine gets more before a leak is called one.
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 
 _numbers = itertools.count()
 

@@ -238,8 +238,8 @@ def test_a_method_that_takes_too_long_is_given_up() -> None:
         rref = rpc.remote(owner, work.Counter)
         rref.rpc_sync().get()
         for attempt in (
-            lambda: rref.rpc_sync(timeout=0.05).sleep(0.2),  # noqa: B023
-            lambda: rref.rpc_async(timeout=0.05).sleep(0.2).wait(),  # noqa: B023
+            lambda: rref.rpc_sync(timeout=0.05).sleep(0.5),  # noqa: B023
+            lambda: rref.rpc_async(timeout=0.05).sleep(0.5).wait(),  # noqa: B023
         ):
             with pytest.raises(CallTimeout, match=r"more than set timeout \(50 ms\)"):
                 attempt()

@@ -45,6 +45,7 @@ cdef extern from *:
     int INT_MAX
 
 cdef int64_t NEVER = 0x7FFFFFFFFFFFFFFF
+cdef int64_t SETTLING_NS = 1000000      # time for another thread to finish settling a call
 
 # What `Future()` and `set_result` come to, without the Python frames in between: they were a quarter of a call.
 cdef object _new_future = Future.__new__
@@ -84,7 +85,7 @@ cdef class Pending:
 
     def wait(self) -> None:
         """Wait until the outcome is there. Signals are handled meanwhile."""
-        cdef int64_t slice_ns = self.caller.slice_ns
+        cdef int64_t slice_ns = self.caller.slice_ns, left
         if fr_load32_acquire(&self.settled):
             return
         self.caller.blocked(True)
@@ -92,11 +93,19 @@ cdef class Pending:
             with nogil:
                 fr_settled_spin(&self.settled, &self.caller.fetch_waiting)
             while not fr_load32_acquire(&self.settled):
+                left = slice_ns
+                if self.deadline_ns:
+                    left = self.deadline_ns - fr_now_ns()
+                    if left <= 0:
+                        self.caller.expire()  # at its next tick the monitor would
+                        left = SETTLING_NS
+                    if slice_ns >= 0:
+                        left = min(left, slice_ns)
                 with nogil:
                     fr_add32(&self.sleepers, 1)
                     fr_fence()
                     if not fr_load32_acquire(&self.settled):
-                        fr_futex_wait(&self.settled, 0, slice_ns)
+                        fr_futex_wait(&self.settled, 0, left)
                     fr_add32(&self.sleepers, <uint32_t>-1)
                 PyErr_CheckSignals()
                 self.caller.check()
@@ -325,7 +334,11 @@ cdef class Caller(Post):
         self.pending[head.call] = pending
         if pending.deadline_ns and pending.deadline_ns < self.next_expiry_ns:
             self.next_expiry_ns = pending.deadline_ns
+            self.expires_sooner()
         return pending
+
+    def expires_sooner(self) -> None:
+        """``next_expiry_ns`` is earlier than it was: for whoever sleeps until then."""
 
     def expire(self) -> None:
         """Fail the pending calls whose time is over."""

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 from fastref.errors import FastrefError, ForkedProcessError
 from fastref.rendezvous import CLOSED, Connection, Link, Listener, Message, read_link_hello, refuse
 
-__all__ = ["Monitor"]
+__all__ = ["PERIOD_S", "Monitor"]
+
+PERIOD_S = 0.1
 
 # A visitor that says nothing for this long is sent away: it holds two descriptors.
 _VISITOR_PATIENCE_S = 5.0
@@ -51,7 +53,10 @@ class Monitor:
     on_link : callable
         ``on_link(link)``: neither granted nor refused yet; the callee owns it.
     period_s : float or None
-        Seconds between ticks; None: only ``wake`` makes one.
+        Seconds between ticks; None: only ``wake`` and ``due`` make one.
+    due : callable
+        ``due()``: when the next tick has to be, on the clock of ``time.monotonic``, if before the period is over.
+        Asked before each sleep: ``wake`` when it has become earlier.
     """
 
     def __init__(
@@ -62,7 +67,8 @@ class Monitor:
         on_tick: Callable[[float], None],
         on_message: OnMessage,
         on_link: Callable[[Link], None],
-        period_s: float | None = 0.1,
+        period_s: float | None = PERIOD_S,
+        due: Callable[[], float] = lambda: _NEVER,
     ) -> None:
         self._listener = listener
         self._on_death = on_death
@@ -70,6 +76,7 @@ class Monitor:
         self._on_message = on_message
         self._on_link = on_link
         self._period_s = period_s
+        self._due = due
         self._pid = os.getpid()
         # Guards the three tables and the registrations that mirror them. No callback runs under it.
         self._lock = threading.Lock()
@@ -260,7 +267,7 @@ class Monitor:
 
     def _next_tick(self) -> float:
         # Counted from now: after a long callback there is one tick, not a burst.
-        return _NEVER if self._period_s is None else time.monotonic() + self._period_s
+        return min(self._due(), _NEVER if self._period_s is None else time.monotonic() + self._period_s)
 
     def _guard(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -25,7 +25,7 @@ from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceErro
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
 from fastref.rendezvous import Link, Listener, Membership, WorkerRecord, check_numbers, job_name, join, link_all
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
-from fastref.runtime.monitor import Monitor
+from fastref.runtime.monitor import PERIOD_S, Monitor
 from fastref.runtime.peer import Peer
 from fastref.runtime.rules import RuleKeeper
 from fastref.segments import InstanceLock, host_identity, job_directory, run_root, sweep
@@ -148,6 +148,7 @@ class Runtime(RuleKeeper):
             on_tick=self.on_tick,
             on_message=self._on_message,
             on_link=self._on_link,
+            due=lambda: self.next_expiry_ns / 1e9,
         )
         for rank, link in self._links.items():
             self._monitor.watch(rank, link)
@@ -180,6 +181,10 @@ class Runtime(RuleKeeper):
         )  # fmt: skip
 
     # ---- what the room below asks for
+
+    def expires_sooner(self) -> None:
+        if self._monitor is not None and self.next_expiry_ns < time.monotonic_ns() + PERIOD_S * 1e9:
+            self._monitor.wake()  # it may sleep longer than that
 
     def more_entries(self) -> None:
         assert self._memory is not None
