@@ -10,7 +10,7 @@ from typing import Any
 cimport cython
 
 from fastref.rref cimport HOW_ASYNC, HOW_REMOTE, HOW_SYNC
-from fastref.runtime.calls cimport Caller
+from fastref.runtime.references cimport ReferenceCaller
 
 from fastref.errors import NotInitialized, UsageError
 from fastref.futures import Future
@@ -149,12 +149,12 @@ def get_worker_info(worker_name: str | int | None = None) -> WorkerInfo:
     return runtime.info if worker_name is None else runtime.find(worker_name)
 
 
-cdef Caller _caller():
+cdef ReferenceCaller _caller():
     """The current runtime."""
     cdef object wiring = current_wiring()
     if wiring is None:
         raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
-    return <Caller>wiring
+    return <ReferenceCaller>wiring
 
 
 def rpc_sync(to: str | int | WorkerInfo, func: Callable[..., Any], args: Sequence[Any] | None = None,

@@ -1,11 +1,10 @@
-"""Calls out: synchronous, asynchronous, remote, fetch."""
+"""Calls out: synchronous and asynchronous."""
 
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastref._core cimport fr_fork
 from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
-from fastref.rref cimport OwnedValue, RRef
+from fastref.rref cimport RRef
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport Post
 from fastref.wire.frame cimport fr_frame
@@ -33,23 +32,16 @@ cdef class Caller(Post):
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting
     cdef public int64_t next_expiry_ns  # no pending call ends before
-    cdef public uint64_t fetched_directly, fetched_by_message
 
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
                      dict kwargs) except -1
     cdef uint32_t number_of(self, Peer peer, object func) except? 0xFFFFFFFF
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef object call_async(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
-    cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef object exchange(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
     cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
     cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1
     cdef Pending pend(self, Peer peer, fr_frame* head, double timeout_s, object future, object what)
-    cdef int prepare_remote_method(self, Peer peer, fr_frame* head, Encoder body, RRef target, str method, tuple args,
-                                   dict kwargs) except -1
-    cdef RRef own_pending(self, fr_fork* fork)
     cdef object read_slot(self, Peer peer, int slot, uint64_t call)
     cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references)
     cdef void blocked(self, bint yes) noexcept
-    cdef object read_published(self, RRef rref, Peer peer)
-    cdef tuple credit(self, Peer peer, int64_t deadline_ns)

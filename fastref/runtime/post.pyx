@@ -2,7 +2,7 @@
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastref._core cimport FR_LOST, Holder, fr_add_relaxed, fr_fork, fr_load32_acquire, fr_now_ns
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
@@ -10,8 +10,8 @@ from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block,
-                                 fr_frame)
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
+                                 RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.codec.pickling import dumps, loads
 from fastref.errors import CallTimeout, ProtocolError, ResourceError, UsageError
@@ -204,6 +204,24 @@ cdef class Post(Wiring):
             self.encoder_done(whole)
         peer.release(self.arena)
         return position
+
+    def send_control(self, peer: Peer, kind: int, call: int, payload: bytes) -> None:
+        """Send one bookkeeping frame.
+
+        Raises
+        ------
+        PeerError
+            When the peer is dead.
+        """
+        cdef fr_frame head
+        cdef Encoder body = self.encoder()
+        memset(&head, 0, sizeof(fr_frame))
+        head.kind, head.slot, head.call = kind, NO_SLOT, call
+        body.raw(<const char*>payload, len(payload))
+        try:
+            self.post(peer, &head, body, 0)
+        finally:
+            self.encoder_done(body)
 
     cdef int _sent(self, Peer peer, int64_t position, list pinned, int64_t lent) except -1:
         """A frame is visible: its pins and its block are let go of when the peer has passed it."""

@@ -1,14 +1,12 @@
-"""Calls in: draining, running functions, answering."""
+"""Calls in: the threads that serve, draining, taking references."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastref.channels.channel cimport Arrival, fr_bell, fr_listener
 from fastref.channels.slots cimport fr_waiting
-from fastref.codec.payload cimport Encoder
-from fastref.rref cimport OwnedValue, RRef
-from fastref.runtime.calls cimport Caller
+from fastref.runtime.execute cimport Executor, Job
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport FrameView, fr_frame
+from fastref.wire.frame cimport FrameView
 
 
 cdef extern from "fr_serve.h" nogil:
@@ -36,17 +34,7 @@ cdef extern from "fr_serve.h" nogil:
     bint fr_serve_follow(fr_serving*, int64_t)
 
 
-cdef class Job:
-    cdef fr_frame head
-    cdef Peer peer
-    cdef list references
-    cdef object body            # what the payload said, once it is decoded
-    cdef bytes payload          # or the payload, when reading it runs code of the program
-    cdef object failure         # or why it cannot be run
-    cdef bint parked            # it waits for a value
-
-
-cdef class Server(Caller):
+cdef class Server(Executor):
     cdef fr_serving serving
     cdef readonly uint32_t running      # functions inside user code, not blocked in fastref
     cdef readonly uint32_t threads, parked
@@ -57,8 +45,7 @@ cdef class Server(Caller):
     cdef object _threads
     cdef readonly object watched                 # dead workers whose last records are still to be read
     cdef object controls                # bookkeeping frames to act on once the inbox is at rest
-    cdef public uint64_t calls_served, values_published
-    cdef readonly dict blocks           # index -> offset of the block its published value lies in
+    cdef public uint64_t calls_served
     cdef readonly dict credit_of        # index -> rank for whose remote() the entry is open
 
     cdef int lead(self) except -1
@@ -66,11 +53,4 @@ cdef class Server(Caller):
     cdef Job accept(self, Arrival* arrival, Peer peer)
     cdef int take_references(self, FrameView* view, Peer peer, list references) except -1
     cdef int run(self, Job job, bint leading) except -1
-    cdef Encoder execute(self, Job job, int* flags)
-    cdef object call_target(self, Job job)
-    cdef bint _parks(self, OwnedValue owned, Job job) except -1
-    cdef int answer(self, Job job, Encoder body, int flags) except -1
-    cdef int fail_job(self, Job job, object error) except -1
-    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1
-    cdef int complete(self, Job job) except -1
     cdef void count_queue(self) noexcept

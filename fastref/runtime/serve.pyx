@@ -1,4 +1,4 @@
-"""Calls in: draining, running functions, answering.
+"""Calls in: the threads that serve, draining, taking references.
 
 The thread that holds the drain token reads the rings. It acts on bookkeeping at once, and never runs code of the
 program while it holds the token: not a function, not an unpickling, not a callback, not a destructor.
@@ -10,29 +10,25 @@ import os
 import threading
 import weakref
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
-from fastref._core cimport (FR_FAILPOINT, FR_LOST, FR_NO_CPU, failpoints, fr_failpoints_here, fr_fork, fr_load32_acquire, fr_load32_relaxed,
+from fastref._core cimport (FR_FAILPOINT, FR_LOST, FR_NO_CPU, failpoints, fr_failpoints_here, fr_fork,
                             fr_store32_relaxed)
 from fastref.channels.channel cimport Arrival
-from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
 from fastref.codec.payload cimport Encoder
-from fastref.codec.stream cimport encode_value
-from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef, forks_so_far, make_rref
-from fastref.runtime.calls cimport Caller, Pending
+from fastref.rref cimport OwnedValue, RRef, forks_so_far, make_rref
+from fastref.runtime.execute cimport Executor, Job
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport fr_thread, this_thread
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED,
-                                 INTERN, NO_SLOT, PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block,
-                                 fr_frame, next_fork, parse_frame)
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, INTERN, NO_SLOT,
+                                 PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block, next_fork,
+                                 parse_frame)
 
-from fastref.codec.failures import decode_failure, encode_failure
-from fastref.codec.lookup import find_callable
-from fastref.errors import PeerError, ProtocolError, ReferenceLost, RemoteError, ResourceError
+from fastref.errors import PeerError, ProtocolError, ReferenceLost
 
-__all__ = ["Job", "Server"]
+__all__ = ["Server"]
 
 fr_failpoints_here = failpoints()
 
@@ -43,18 +39,13 @@ cdef enum:
     LOST = 1
     BATCH = 64              # answers that are settled together, so that the token is passed on once for all of them
     BASE_THREADS = 2        # always there; measured: four eager threads halve the rate of short functions
-    LARGEST_PUBLISHED = 1 << 20
     CONVERSATION = 256      # waits in a row for which the leader keeps the interpreter lock
     SHORTEST_NAP_NS = 50000     # between looks at a peer's full ring
     LONGEST_NAP_NS = 10000000
     GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
 
 
-cdef class Job:
-    """One frame that takes code of the program to deal with."""
-
-
-cdef class Server(Caller):
+cdef class Server(Executor):
     """The serving half of a runtime."""
 
     def __init__(self, *args, thread_cap: int = 16, **kwargs):
@@ -65,7 +56,7 @@ cdef class Server(Caller):
         self.completions, self.errands = [], deque()
         self.watched = set()
         self._threads = weakref.WeakSet()
-        self.blocks, self.credit_of = {}, {}
+        self.credit_of = {}
 
     # ---- threads
 
@@ -192,6 +183,14 @@ cdef class Server(Caller):
         fr_store32_relaxed(&self.serving.queued, runnable)
         if runnable:
             fr_serve_kick(&self.serving)
+
+    cdef int unpark(self, list jobs) except -1:
+        self.queue.extend(jobs)
+        self.count_queue()
+        return 0
+
+    cdef void answered_to(self, uint32_t cpu) noexcept:
+        self.serving.partner_cpu = cpu
 
     # ---- the leader
 
@@ -468,252 +467,6 @@ cdef class Server(Caller):
             self.encoder_done(body)
         return leading
 
-    cdef Encoder execute(self, Job job, int* flags):
-        """Run a job; returns the encoded answer, or None when there is none to give (yet)."""
-        cdef Encoder body
-        cdef OwnedValue owned
-        cdef RRef rref
-        try:
-            if job.failure is not None:
-                raise job.failure
-            if job.payload is not None:
-                job.body = self.decode_any(PyBytes_AS_STRING(job.payload), PyBytes_GET_SIZE(job.payload), job.head.flags,
-                                           job.references)
-                job.payload = None
-            job.parked = False
-            if job.head.kind == RREF_FETCH_CALL:
-                owned = (<RRef>job.references[0]).owned
-                if owned is None:
-                    raise ProtocolError(f"{self.info} does not own what {job.peer.info} wants to fetch")
-                if self._parks(owned, job):
-                    return None
-                if owned.settled == VALUE_FAILED:
-                    flags[0] = FLAG_ERROR
-                    body = self.encoder()
-                    body.raw(<const char*>(<bytes>owned.error), len(owned.error))
-                    return body
-                result = owned.value
-            else:
-                if job.head.flags & FLAG_METHOD:
-                    rref = job.references[1 if job.head.kind == PYTHON_REMOTE_CALL else 0]
-                    if rref.owned is None:
-                        raise ProtocolError(f"{self.info} does not own what {job.peer.info} calls")
-                    if self._parks(rref.owned, job):
-                        return None
-                result = self.call_target(job)
-            if job.head.kind == PYTHON_REMOTE_CALL:
-                rref = job.references[0]
-                self.settle_value(rref.owned, rref.fork.index, result, None)
-                return None
-            body = self.encoder()
-            flags[0] = self.encode_any(body, result, job.peer.shares_main)
-            return body
-        except BaseException as error:
-            failure = encode_failure(error, self.info)
-        if job.head.kind == PYTHON_REMOTE_CALL:
-            if job.references and job.references[0] is not None:
-                rref = job.references[0]
-                self.settle_value(rref.owned, rref.fork.index, None, failure)
-            return None
-        flags[0] = FLAG_ERROR
-        body = self.encoder()
-        body.raw(<const char*>(<bytes>failure), len(failure))
-        return body
-
-    cdef object call_target(self, Job job):
-        """Call what a frame asks for."""
-        cdef OwnedValue owned
-        if job.head.flags & FLAG_METHOD:
-            owned = (<RRef>job.references[1 if job.head.kind == PYTHON_REMOTE_CALL else 0]).owned
-            method, args, kwargs = job.body
-            if owned.settled == VALUE_FAILED:
-                raise decode_failure(owned.error)
-            func = getattr(owned.value, method)
-        elif job.head.callable:
-            args, kwargs = job.body
-            func = find_callable(job.peer.callables, job.head.callable, job.peer.info)
-        else:
-            func, args, kwargs = job.body
-        job.body = None
-        if kwargs is None:
-            return func(*args)
-        return func(*args, **kwargs)
-
-    cdef bint _parks(self, OwnedValue owned, Job job) except -1:
-        """Leave a job with a value that is not there yet. No thread waits for it."""
-        if owned.settled != VALUE_PENDING:
-            return False
-        if owned.waiters is None:
-            owned.waiters = []
-        owned.waiters.append(job)
-        job.parked = True
-        if owned.settled != VALUE_PENDING and job in owned.waiters:  # settled between our looks
-            owned.waiters.remove(job)
-            job.parked = False
-            return False
-        return True
-
-    def settle_failed(self, index: int, failure: bytes) -> None:
-        """The value of an entry never will be; ``failure`` is what ``encode_failure`` made of the reason."""
-        owned = <OwnedValue>self.owned[index]
-        if owned.settled == VALUE_PENDING:
-            self.settle_value(owned, index, None, failure)
-
-    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1:
-        """A value is there, or never will be: tell whoever waits for it, and publish it if nobody can ever change it."""
-        if owned.settled != VALUE_PENDING:
-            raise ProtocolError(f"entry {index} has a value already")
-        owned.value, owned.error = value, error
-        if error is not None:
-            owned.settle(VALUE_FAILED)
-            self.table.set_state(index, "failed")
-        else:
-            owned.settle(VALUE_READY)
-            self.publish(owned, index)
-        waiters, owned.waiters = owned.waiters, None
-        if waiters:
-            self.queue.extend(waiters)
-            self.count_queue()
-        return 0
-
-    cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
-        """Let holders read an immutable value without asking; of others say only that it is there."""
-        cdef Encoder body
-        cdef uint64_t offset
-        value = owned.value
-        if not _immutable(value, 0):
-            self.table.set_state(index, "ready")
-            return 0
-        body = self.encoder()
-        try:
-            if not encode_value(body, value, 0) or body.total() > LARGEST_PUBLISHED:
-                self.table.set_state(index, "ready")
-                return 0
-            data = PyBytes_FromStringAndSize(NULL, body.total())
-            body.copy_to(PyBytes_AS_STRING(data))
-        finally:
-            self.encoder_done(body)
-        if not self.table.publish_inline(index, data):
-            try:
-                offset = self.arena.lend(len(data))
-            except ResourceError:
-                self.table.set_state(index, "ready")
-                return 0
-            self.arena.fill(offset, data)
-            self.blocks[index] = offset
-            self.table.publish_block(index, offset, len(data))
-        self.values_published += 1
-        return 0
-
-    cdef int answer(self, Job job, Encoder body, int flags) except -1:
-        """Leave the answer in the caller's slot, or send it as a message."""
-        cdef fr_frame head
-        cdef fr_slot* slot
-        cdef uint64_t size = body.total()
-        cdef int64_t lent = -1
-        cdef fr_block block
-        if fr_load32_acquire(&job.peer.died):
-            return 0
-        if job.head.slot != NO_SLOT and not body.references:
-            if size > FR_SLOT_ROOM:
-                try:
-                    lent = self._lend(job.peer, size)
-                except ResourceError as error:
-                    return self.fail_job(job, error)
-            if size <= FR_SLOT_ROOM or lent >= 0:
-                if lent >= 0:
-                    with nogil:
-                        body.copy_to(self.arena.base + lent)
-                slot = job.peer.slots.claim(job.head.slot, job.head.call)
-                if slot == NULL:
-                    if lent >= 0:
-                        self.arena.give_back(lent)
-                    return 0
-                FR_FAILPOINT("slot.writing")
-                self.serving.partner_cpu = fr_load32_relaxed(&slot.caller_cpu)
-                if lent >= 0:
-                    block.offset, block.size = lent, size
-                    memcpy(slot.data, &block, sizeof(fr_block))
-                    flags |= FLAG_BLOCK
-                    job.peer.slot_loans.append((job.head.slot, job.head.call, lent))
-                    size = sizeof(fr_block)
-                else:
-                    body.copy_to(slot.data)
-                fr_store32_relaxed(&slot.size, size)    # relaxed: published by DONE
-                fr_store32_relaxed(&slot.flags, flags)
-                with nogil:
-                    fr_slot_finish(slot, job.head.call)
-                job.peer.release(self.arena)
-                return 0
-        memset(&head, 0, sizeof(fr_frame))
-        head.kind, head.flags, head.slot, head.call = PYTHON_RET, flags, job.head.slot, job.head.call
-        try:
-            self.post(job.peer, &head, body, 0)
-        except PeerError:
-            raise
-        except Exception as error:  # no memory for the answer, or a reference in it that cannot travel
-            self.fail_job(job, error)
-        return 0
-
-    cdef int fail_job(self, Job job, object error) except -1:
-        """Answer a job with an exception of our own."""
-        cdef Encoder body = self.encoder()
-        failure = encode_failure(error, self.info)
-        body.raw(<const char*>(<bytes>failure), len(failure))
-        self.answer(job, body, FLAG_ERROR)
-        self.encoder_done(body)
-        return 0
-
-    # ---- answers to our own calls
-
-    cdef int complete(self, Job job) except -1:
-        """An answer came as a message: settle the call it belongs to."""
-        cdef Pending pending
-        value = error = None
-        try:
-            if job.failure is not None:
-                raise job.failure
-            if job.payload is not None:
-                value = self.outcome(job.peer, PyBytes_AS_STRING(job.payload), PyBytes_GET_SIZE(job.payload),
-                                     job.head.flags, job.references)
-            else:
-                value = job.body
-        except Exception as trouble:
-            error = trouble
-        except BaseException as trouble:  # reading the answer ran code of the program, which wants to exit
-            error = RemoteError(f"reading the answer of {job.peer.info} raised {trouble!r}")
-            error.__cause__ = trouble
-        pending = self.pending.pop(job.head.call, None)
-        if pending is not None:
-            try:
-                pending.settle(value, error)
-            except BaseException:
-                logger.exception("a callback of a future raised")
-        elif job.head.slot != NO_SLOT and job.head.slot < self.slots.count:
-            self.arrived[job.head.call] = (value, error)
-            self.slots.finish_here(job.head.slot, job.head.call, FLAG_LOCAL)
-            if not self.slots.waits_for(job.head.slot, job.head.call):
-                self.arrived.pop(job.head.call, None)  # the caller has given up
-        return 0
-
-    def send_control(self, peer: Peer, kind: int, call: int, payload: bytes) -> None:
-        """Send one bookkeeping frame.
-
-        Raises
-        ------
-        PeerError
-            When the peer is dead.
-        """
-        cdef fr_frame head
-        cdef Encoder body = self.encoder()
-        memset(&head, 0, sizeof(fr_frame))
-        head.kind, head.slot, head.call = kind, NO_SLOT, call
-        body.raw(<const char*>payload, len(payload))
-        try:
-            self.post(peer, &head, body, 0)
-        finally:
-            self.encoder_done(body)
-
     # ---- what the runtime above decides
 
     def handle_control(self, peer, kind: int, call: int, payload: bytes, references: list | None) -> None:
@@ -730,16 +483,3 @@ cdef class Server(Caller):
 
     def sweep(self) -> None:
         raise NotImplementedError
-
-
-cdef bint _immutable(object value, int depth) except -1:
-    """True for a value that nobody can ever change."""
-    kind = type(value)
-    if value is None or kind is bool or kind is int or kind is float or kind is str or kind is bytes:
-        return True
-    if kind is tuple and depth < 16:
-        for item in value:
-            if not _immutable(item, depth + 1):
-                return False
-        return True
-    return False

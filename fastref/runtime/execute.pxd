@@ -1,0 +1,34 @@
+"""Running what peers ask for, keeping values, answering."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport OwnedValue
+from fastref.runtime.peer cimport Peer
+from fastref.runtime.references cimport ReferenceCaller
+from fastref.wire.frame cimport fr_frame
+
+
+cdef class Job:
+    cdef fr_frame head
+    cdef Peer peer
+    cdef list references
+    cdef object body            # what the payload said, once it is decoded
+    cdef bytes payload          # or the payload, when reading it runs code of the program
+    cdef object failure         # or why it cannot be run
+    cdef bint parked            # it waits for a value
+
+
+cdef class Executor(ReferenceCaller):
+    cdef public uint64_t values_published
+    cdef readonly dict blocks           # index -> offset of the block its published value lies in
+
+    cdef Encoder execute(self, Job job, int* flags)
+    cdef int unpark(self, list jobs) except -1
+    cdef void answered_to(self, uint32_t cpu) noexcept
+    cdef object call_target(self, Job job)
+    cdef bint _parks(self, OwnedValue owned, Job job) except -1
+    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1
+    cdef int answer(self, Job job, Encoder body, int flags) except -1
+    cdef int fail_job(self, Job job, object error) except -1
+    cdef int complete(self, Job job) except -1

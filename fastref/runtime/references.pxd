@@ -1,0 +1,17 @@
+"""Calls through references."""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from fastref._core cimport fr_fork
+from fastref.rref cimport RRef
+from fastref.runtime.calls cimport Caller
+from fastref.runtime.peer cimport Peer
+
+
+cdef class ReferenceCaller(Caller):
+    cdef public uint64_t fetched_directly, fetched_by_message
+
+    cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
+    cdef RRef own_pending(self, fr_fork* fork)
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns)
+    cdef object read_published(self, RRef rref, Peer peer)

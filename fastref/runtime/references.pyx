@@ -1,0 +1,235 @@
+"""Calls through references: making them with ``remote()``, waiting for their values, fetching, calling their methods."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from fastref._core cimport (FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING, FR_VALUE_READY, fr_descriptor,
+                            fr_fork, fr_futex_wait, fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed,
+                            fr_now_ns)
+from fastref.channels.slots cimport fr_waiting
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef,
+                           make_rref)
+from fastref.runtime.calls cimport Caller
+from fastref.runtime.peer cimport Peer
+from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
+
+from fastref.codec.failures import decode_failure
+from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError
+
+__all__ = ["ReferenceCaller"]
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+cdef extern from *:
+    """
+    #include "fr_table.h"
+    #include "fr_wait.h"
+    static inline int fr_descriptor_spin(struct fr_descriptor *d, uint32_t *died, struct fr_waiting *w)
+    {
+        return FR_SPIN_UNTIL(w, fr_load32_acquire(&d->state) != FR_VALUE_PENDING || fr_load32_relaxed(died));
+    }
+    """
+    int fr_descriptor_spin(fr_descriptor*, uint32_t*, fr_waiting*) nogil
+
+cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # the part of an id that its maker counts
+cdef list _NOTHING = []
+
+
+cdef class ReferenceCaller(Caller):
+    """The part of a runtime that makes and uses references, beside plain calls."""
+
+    def rpc(self, how: int, to, func, args, kwargs, timeout: float):
+        """Call ``func`` on the worker ``to``: HOW_SYNC, HOW_ASYNC or HOW_REMOTE."""
+        cdef Peer peer
+        cdef tuple row
+        self.check()
+        if self.closed:
+            raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
+        peer = self.peer_of(to)
+        row = () if args is None else tuple(args)
+        if how == HOW_REMOTE:
+            return self.call_remote(peer, func, None, None, row, kwargs, timeout)
+        if not callable(func):
+            raise TypeError("function should be callable.")
+        if how == HOW_SYNC:
+            return self.call(peer, func, None, None, row, kwargs, timeout)
+        return self.call_async(peer, func, None, None, row, kwargs, timeout)
+
+    # ---- remote
+
+    cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
+        """Run a function on the peer, keep the result there, and return a reference to it at once."""
+        cdef fr_frame head
+        cdef Encoder body
+        cdef RRef rref
+        cdef fr_fork fork
+        cdef int64_t deadline_ns = self.deadline(timeout_s)
+        cdef uint64_t rref_id, fork_id
+        if fr_load32_acquire(&peer.died):
+            raise peer.died_error(target is not None)
+        rref_id = self.ids.next()
+        fork_id = self.ids.next()
+        memset(&fork, 0, sizeof(fr_fork))
+        fork.owner, fork.parent = peer.rank, self.rank
+        fork.rref_created_on = fork.fork_created_on = self.rank
+        fork.rref_local, fork.fork_local = rref_id & NUMBER_MASK, fork_id & NUMBER_MASK
+        fork.has_entry = 1
+        if peer.rank == self.rank:
+            rref = self.own_pending(&fork)
+        else:
+            fork.index, fork.generation = self.credit(peer, deadline_ns)
+            fr_holder_adopt(&peer.holder.h, fork.index, fork.generation)
+            rref = make_rref(self, peer.holder, &fork, None, None)
+        body = self.encoder()
+        body.references.append(rref)
+        try:
+            self.prepare(peer, &head, body, func, target, method, args, kwargs)
+            head.kind = PYTHON_REMOTE_CALL
+            if timeout_s != -1.0:
+                rref.value_deadline_ns = head.deadline_ns = deadline_ns
+            self.post(peer, &head, body, deadline_ns)
+        except PeerError as error:
+            rref.creation = error
+        self.encoder_done(body)
+        return rref
+
+    cdef RRef own_pending(self, fr_fork* fork):
+        """A reference to a value of our own that is not there yet."""
+        cdef OwnedValue owned = OwnedValue.__new__(OwnedValue)
+        fork.index, fork.generation = self.open_entry()
+        self.own(fork.index, owned)
+        return make_rref(self, self.table.holder, fork, owned, None)
+
+    def new_local(self, rref, value, type_hint):
+        """Fill a fresh handle with a value that lives here; it gets an entry when it is first handed on."""
+        cdef RRef handle = <RRef>rref
+        cdef uint64_t number = self.ids.next()
+        if type_hint is not None and not hasattr(value, "_c"):
+            raise UsageError("Should not provide type_hint for a value that is not a ScriptModule")
+        handle.wiring = self
+        handle.owned = OwnedValue.__new__(OwnedValue)
+        handle.owned.value = value
+        handle.owned.settled = VALUE_READY
+        memset(&handle.fork, 0, sizeof(fr_fork))
+        handle.fork.owner = handle.fork.parent = handle.fork.rref_created_on = handle.fork.fork_created_on = self.rank
+        handle.fork.rref_local = handle.fork.fork_local = number & NUMBER_MASK
+
+    cdef object local(self, RRef rref, double timeout_s):
+        """Wait for a value of our own and return it."""
+        cdef OwnedValue owned = rref.owned
+        cdef int64_t deadline_ns, slice_ns = self.slice_ns, left
+        if owned.settled == VALUE_PENDING:
+            deadline_ns = self.deadline(timeout_s)
+            self.blocked(True)
+            try:
+                while fr_load32_acquire(&owned.settled) == VALUE_PENDING:
+                    left = slice_ns
+                    if deadline_ns:
+                        left = deadline_ns - fr_now_ns()
+                        if left <= 0:
+                            self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s)
+                        if slice_ns >= 0:
+                            left = min(left, slice_ns)
+                    with nogil:
+                        fr_futex_wait(&owned.settled, VALUE_PENDING, left)
+                    PyErr_CheckSignals()
+                    if self.closed:
+                        raise NotInitialized("the runtime was shut down before the value came")
+            finally:
+                self.blocked(False)
+        if owned.settled == VALUE_FAILED:
+            raise decode_failure(owned.error)
+        return owned.value
+
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns):
+        """An entry that the peer opened for us; asks for more and waits when there is none."""
+        cdef fr_frame head
+        while True:
+            try:
+                index, generation = peer.credits.pop()
+                return index, generation
+            except IndexError:
+                pass
+            if fr_load32_acquire(&peer.died):
+                raise peer.died_error()
+            with peer.lock:
+                ask = not peer.credits_asked and not peer.credits
+                peer.credits_asked = peer.credits_asked or ask
+            if ask:
+                memset(&head, 0, sizeof(fr_frame))
+                head.kind, head.slot = CREDIT_REQUEST, NO_SLOT
+                self.post(peer, &head, None, deadline_ns)
+            self.blocked(True)
+            try:
+                self.drain_while_waiting()
+                with peer.lock:
+                    if not peer.credits:
+                        peer.lock.wait(0.05)
+            finally:
+                self.blocked(False)
+            if deadline_ns and fr_now_ns() > deadline_ns:
+                self.raise_timeout(peer, "remote(): no free table entry", -1.0)
+
+    # ---- fetch
+
+    cdef object fetch(self, RRef rref, double timeout_s):
+        """Return a copy of the value a reference names, from its owner's memory if it is published there."""
+        cdef Peer peer = <Peer>self.peers[rref.fork.owner]
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        cdef fr_frame head
+        cdef Encoder body
+        if rref.creation is not None:
+            raise rref.creation
+        if fr_load32_acquire(&d.state) == FR_VALUE_PENDING:
+            with nogil:
+                fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
+        if fr_load32_acquire(&peer.died):
+            raise peer.died_error(True)
+        if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
+            return self.read_published(rref, peer)
+        if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
+            self._creation_timed_out(peer)
+        self.fetched_by_message += 1
+        memset(&head, 0, sizeof(fr_frame))
+        head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
+        body = self.encoder()
+        body.references.append(rref)
+        try:
+            return self.exchange(peer, &head, body, timeout_s, "to_here()")
+        except CallTimeout:
+            if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
+                self._creation_timed_out(peer)
+            raise
+
+    def _creation_timed_out(self, peer):
+        raise CallTimeout("RRef creation via rpc.remote() timed out, and it is possible that the RRef on the owner node does "
+                          "not exist.", peer.info.name)
+
+    cdef object read_published(self, RRef rref, Peer peer):
+        """Decode a published value straight from the owner's memory; our bit keeps it there."""
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        cdef uint32_t size = fr_load32_relaxed(&d.size)
+        self.fetched_directly += 1
+        if fr_load32_relaxed(&d.form) == FR_FORM_INLINE:
+            if size > FR_INLINE_VALUE:
+                raise ProtocolError(f"worker {peer.info.name!r} published {size} bytes in {FR_INLINE_VALUE}")
+            return self.decode_any(d.data, size, 0, _NOTHING)
+        return self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING)
+
+    cdef bint confirmed(self, RRef rref) except -1:
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        return rref.creation is None and fr_load32_acquire(&d.state) != FR_VALUE_PENDING
+
+    cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
+        cdef Peer peer = <Peer>self.peers[rref.fork.owner if rref.holder is not None else self.rank]
+        if rref.creation is not None:
+            raise rref.creation
+        if fr_load32_acquire(&peer.died) and how == HOW_SYNC:
+            raise peer.died_error(True)
+        if how == HOW_SYNC:
+            return self.call(peer, None, rref, method, args, kwargs, timeout_s)
+        if how == HOW_ASYNC:
+            return self.call_async(peer, None, rref, method, args, kwargs, timeout_s)
+        return self.call_remote(peer, None, rref, method, args, kwargs, timeout_s)
