@@ -431,7 +431,7 @@ cdef class Server(Caller):
                 self.running += 1
                 me.running += 1
                 me.deadline_ns = job.head.deadline_ns
-                self.serving.partner_cpu = FR_NO_CPU
+                fr_store32_relaxed(&self.serving.partner_cpu, FR_NO_CPU)
                 FR_FAILPOINT("call.running")
                 try:
                     body = self.execute(job, &flags)
@@ -620,7 +620,7 @@ cdef class Server(Caller):
                         self.arena.give_back(lent)
                     return 0
                 FR_FAILPOINT("slot.writing")
-                self.serving.partner_cpu = fr_load32_relaxed(&slot.caller_cpu)
+                fr_store32_relaxed(&self.serving.partner_cpu, fr_load32_relaxed(&slot.caller_cpu))
                 if lent >= 0:
                     block.offset, block.size = lent, size
                     memcpy(slot.data, &block, sizeof(fr_block))
