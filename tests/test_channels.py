@@ -21,31 +21,8 @@ from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel, ring_bytes
 from fastref.errors import ProtocolError, UsageError
 from fastref.segments import create_memfd, map_fd
+from tests.inboxes import DATA, HEADER, RING, Ends, damage
 from tests.threads import in_threads
-
-RING = 2048
-HEADER = 16  # bytes before each record in a ring
-DATA = 192  # where records begin
-
-
-class Ends:
-    """An inbox and the channels into it."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.bell = bytearray(BELL_BYTES)
-        self.inbox = Inbox(self.bell)
-        self.rings: dict[int, bytearray] = {}
-
-    def channel(self, source: int = 0):
-        if self.kind == "inproc":
-            return InprocChannel(self.inbox, source, room=40, largest=RING // 2 - HEADER)
-        self.rings[source] = bytearray(ring_bytes(RING))
-        self.inbox.add_ring(source, self.rings[source], RING)
-        return ShmChannel(self.rings[source], RING, self.bell, source)
-
-    def receive_all(self) -> list:
-        return list(iter(self.inbox.receive, None))
 
 
 @pytest.fixture(params=["inproc", "shm"])
@@ -298,21 +275,6 @@ def test_what_a_producer_published_before_it_could_ring_is_read(shm):
     assert shm.inbox.receive() is None
     shm.inbox.ring_for_dead(4)
     assert shm.inbox.receive() == (4, b"killed after this")
-
-
-def damage(ring: bytearray, how: str) -> None:
-    if how == "check":
-        ring[DATA + 4] ^= 1
-    elif how == "size":
-        ring[DATA : DATA + 8] = struct.pack("=II", RING, RING ^ 0xFFFFFFFF)
-    elif how == "padding":
-        ring[DATA : DATA + 8] = struct.pack("=II", 0x80000020, 0x80000020 ^ 0xFFFFFFFF)
-    elif how == "tail beyond the ring":
-        ring[0:8] = struct.pack("=Q", RING + 16)
-    elif how == "tail between records":
-        ring[0:8] = struct.pack("=Q", 33)
-    elif how == "tail behind":
-        ring[0:8] = struct.pack("=Q", 2**64 - 16)
 
 
 DAMAGES = ["check", "size", "padding", "tail beyond the ring", "tail between records", "tail behind"]

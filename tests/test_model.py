@@ -12,6 +12,7 @@ from tests.model.scenarios import QUICK
 LARGE = {
     *(("references", scenario) for scenario in MODELS["references"].SCENARIOS if scenario not in QUICK),
     ("bell", "a producer dies"),
+    ("bell", "a favourite of two"),
     ("bell", "delayed stores, two producers"),
 }
 EVERYTHING = [(name, scenario) for name, module in MODELS.items() for scenario in module.SCENARIOS]

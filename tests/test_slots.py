@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import struct
 import subprocess
 import sysconfig
 import threading
@@ -20,6 +21,7 @@ from fastref.errors import ProtocolError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 4
+DONE = 64  # where the first slot has its word `done`
 LATE_S = 0.05  # long enough for the other thread to be asleep on its futex
 
 
@@ -88,6 +90,21 @@ def test_an_answer_arrives_in_the_slot_of_its_call(ends, driver):
     assert caller.waits_for(slot, 7) and callee.still_reads(slot, 7)
     assert caller.read(slot) == (b"x" * driver.ROOM, 3)
     assert not caller.waits_for(slot, 7) and not callee.still_reads(slot, 7)
+
+
+@pytest.mark.parametrize("slice_s", [-1, 0.001], ids=["no slices", "short"])
+def test_an_answer_is_found_though_a_late_callee_hides_it(driver, slice_s):
+    """A callee is held up after DONE; its caller gives up, finds the answer and uses the slot for another call."""
+    memory = bytearray(slot_bytes(COUNT))
+    caller, callee = driver.Caller(memory, COUNT), driver.Callee(memory, COUNT)
+    slot = caller.begin(1)
+    assert callee.answer(slot, 1, b"first")
+    assert caller.give_up(slot) == "done" and caller.read(slot) == (b"first", 0)
+    assert caller.begin(2) == slot
+    assert callee.answer(slot, 2, b"second")
+    memory[DONE : DONE + 8] = struct.pack("=Q", 1)  # only now does the first one's store arrive
+    assert caller.wait(slot, slice_s=slice_s) == "done"
+    assert caller.read(slot) == (b"second", 0)
 
 
 @pytest.mark.parametrize("slice_s", [-1, 0.001, 10], ids=["no slices", "short", "long"])

@@ -82,11 +82,16 @@ static inline void fr_listener_prefer(struct fr_listener *l, int peer, const uin
     __atomic_store_n(&l->read, read, __ATOMIC_RELAXED);
 }
 
+static inline void fr_listener_prefer_nobody(struct fr_listener *l)
+{
+    fr_listener_prefer(l, -64, &l->nobody, &l->nobody); /* a peer whose bit lies before the first word */
+}
+
 static inline void fr_listener_open(struct fr_listener *l, struct fr_bell *bell)
 {
     l->bell = bell;
     l->nobody = 0;
-    fr_listener_prefer(l, -64, &l->nobody, &l->nobody);
+    fr_listener_prefer_nobody(l);
 }
 
 /* True when the favourite may have something to read. */

@@ -103,7 +103,7 @@ static inline void fr_serve_stop(struct fr_serving *s)
 /* The leader with nothing to do, still holding the interpreter lock: a conversation goes on within two microseconds. */
 static inline int fr_serve_wait_briefly(struct fr_serving *s)
 {
-    if (s->partner_cpu == fr_cpu())
+    if (fr_load32_relaxed(&s->partner_cpu) == fr_cpu())
         return 0;
     return FR_SPIN_BRIEFLY(&s->briefly, fr_serve_has_work(s) || fr_load32_relaxed(&s->stopping));
 }
@@ -112,7 +112,7 @@ static inline int fr_serve_wait_briefly(struct fr_serving *s)
 static inline int fr_serve_wait_leader(struct fr_serving *s, int64_t slice_ns)
 {
     struct fr_bell *b = s->bell;
-    if (s->partner_cpu != fr_cpu()
+    if (fr_load32_relaxed(&s->partner_cpu) != fr_cpu()
         && FR_SPIN_UNTIL(&s->waiting, fr_serve_has_work(s) || fr_load32_relaxed(&s->stopping)))
         return 1;
     s->waiting.slept++;

@@ -72,6 +72,14 @@ static inline int fr_slot_finish(struct fr_slot *s, uint64_t number)
  * looked at it all the time would take its cache line away from the callee three times in each call. */
 FR_INLINE int fr_slot_is_done(const struct fr_slot *s, uint64_t number) { return fr_load_acquire(&s->done) == number; }
 
+/* The same for a caller that is about to sleep: `done` alone may never say so. A callee that was held up before it stored
+ * its number, and whose caller gave up and found the answer complete, stores it over that of a later call. */
+FR_INLINE int fr_slot_has_answer(const struct fr_slot *s, uint64_t number)
+{
+    /* SYNC: pairs with fr_slot_finish, the answer before DONE */
+    return fr_slot_is_done(s, number) || fr_load_acquire(&s->state) == fr_slot_word(number, FR_SLOT_DONE);
+}
+
 /* Caller: give up. 1: the slot is free now. 0: DONE after all. -1: abandoned, the callee will free it. */
 static inline int fr_slot_give_up(struct fr_slot *s, uint64_t number)
 {

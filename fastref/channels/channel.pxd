@@ -43,6 +43,7 @@ cdef extern from "fr_bell.h" nogil:
     struct fr_listener:
         uint64_t* kept
     void fr_listener_open(fr_listener*, fr_bell*)
+    void fr_listener_prefer_nobody(fr_listener*)
     void fr_listener_prefer(fr_listener*, int, const uint64_t*, const uint64_t*)
     bint fr_listener_favourite(fr_listener*)
     uint64_t fr_listener_take(fr_listener*, unsigned)

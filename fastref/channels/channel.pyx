@@ -131,6 +131,8 @@ cdef class Inbox:
         self._checked(source)
         if size_bytes < 1024 or size_bytes > 1 << 30 or size_bytes & (size_bytes - 1) or memory.shape[0] < size_bytes + <Py_ssize_t>FR_RING_DATA_OFFSET:
             raise UsageError(f"a ring of {size_bytes} bytes in {memory.shape[0]} bytes of memory")
+        if source == self.favourite:
+            self._prefer(NO_FAVOURITE)
         self._rings.append(memoryview(ring))  # for good: a thread without the token may be looking at its tail
         fr_consumer_open(&self.sources[source].consumer, &memory[0], size_bytes)
         self.sources[source].kind = RING
@@ -209,9 +211,9 @@ cdef class Inbox:
 
     cdef void _prefer(self, int which) noexcept nogil:
         cdef fr_consumer* consumer
-        self.favourite = which
+        self.favourite, self.alone = which, 0
         if which == NO_FAVOURITE:
-            fr_listener_open(&self.listener, self.bell)
+            fr_listener_prefer_nobody(&self.listener)
         else:
             consumer = &self.sources[which].consumer
             fr_listener_prefer(&self.listener, which, &consumer.ring.tail, &consumer.head)

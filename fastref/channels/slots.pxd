@@ -22,6 +22,7 @@ cdef extern from "fr_slot.h" nogil:
     unsigned fr_slot_state(uint64_t)
     void fr_slot_begin(fr_slot*, uint64_t)
     bint fr_slot_is_done(const fr_slot*, uint64_t)
+    bint fr_slot_has_answer(const fr_slot*, uint64_t)
     void fr_slot_expect(fr_slot*)
     bint fr_slot_claim(fr_slot*, uint64_t)
     bint fr_slot_finish(fr_slot*, uint64_t)

@@ -119,24 +119,24 @@ cdef class ResponseSlots:
         cdef int64_t left
         if not slice_ns:
             fr_slot_spin(s, number, died, &self.waiting)
-        elif not fr_slot_is_done(s, number):
+        elif not fr_slot_has_answer(s, number):
             self.waiting.slept += 1
             if deadline_ns:
                 left = deadline_ns - fr_now_ns()
                 if left <= 0:
-                    return WAIT_DONE if fr_slot_is_done(s, number) else WAIT_TIMED_OUT
+                    return WAIT_DONE if fr_slot_has_answer(s, number) else WAIT_TIMED_OUT
                 if slice_ns < 0 or left < slice_ns:
                     slice_ns = left
             fr_store32_release(&s.sleeping, 1)
             fr_fence()  # SYNC: sleeping before done; pairs with the callee's done before sleeping
-            if not fr_slot_is_done(s, number) and not fr_load32_relaxed(died) and not fr_load32_relaxed(&self.stopped):
+            if not fr_slot_has_answer(s, number) and not fr_load32_relaxed(died) and not fr_load32_relaxed(&self.stopped):
                 fr_futex_wait(&s.sleeping, 1, slice_ns)
             fr_store32_release(&s.sleeping, 0)
         return self.look(slot)
 
     cdef int look(self, int slot) noexcept nogil:
         """How things stand with the answer, without waiting."""
-        if fr_slot_is_done(&self.slots[slot], self.numbers[slot]):  # SYNC: pairs with fr_slot_finish
+        if fr_slot_has_answer(&self.slots[slot], self.numbers[slot]):
             return WAIT_DONE
         if fr_load32_acquire(self.died[slot]):
             return WAIT_PEER_DIED

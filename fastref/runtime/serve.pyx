@@ -190,7 +190,7 @@ cdef class Server(Executor):
         return 0
 
     cdef void answered_to(self, uint32_t cpu) noexcept:
-        self.serving.partner_cpu = cpu
+        fr_store32_relaxed(&self.serving.partner_cpu, cpu)
 
     # ---- the leader
 
@@ -440,7 +440,7 @@ cdef class Server(Executor):
                     self.count_queue()  # this may have been the last one that may run
                 me.running += 1
                 me.deadline_ns = job.head.deadline_ns
-                self.serving.partner_cpu = FR_NO_CPU
+                fr_store32_relaxed(&self.serving.partner_cpu, FR_NO_CPU)
                 FR_FAILPOINT("call.running")
                 try:
                     body = self.execute(job, &flags)

@@ -1,4 +1,7 @@
-/* Several producers, one consumer that sleeps on the bell for ever: no wake-up is lost, no ready bit either. */
+/* Several producers, one consumer that sleeps on the bell for ever: no wake-up is lost, no ready bit either.
+ *
+ * First all producers flood; then one record comes at a time, and the next only when it has been read, so that no other
+ * record makes up for a wake-up that was lost. All the while the consumer makes another ring the favourite, or none. */
 #include "harness.h"
 
 #include "fr_bell.h"
@@ -18,8 +21,12 @@ struct source {
 };
 
 static struct source sources[PRODUCERS];
+static pthread_t producers[PRODUCERS];
 static struct fr_bell *bell;
-static uint64_t sleeps, wakes;
+static struct fr_listener listener;
+static struct source *favourite;
+static uint64_t sleeps, wakes, changes, unannounced, rounds;
+static int64_t half_ns; /* until then a flood from all, then a conversation */
 
 static void send(struct source *s, uint64_t number)
 {
@@ -31,24 +38,67 @@ static void send(struct source *s, uint64_t number)
     fr_add_relaxed(&wakes, (uint64_t)fr_bell_ring(bell, s->peer));
 }
 
-static void *produce(void *argument)
+/* Pauses around the length of the consumer's way to sleep: that is where wake-ups get lost. */
+static void pause_somehow(uint64_t *state)
+{
+    switch (random_below(state, 4)) {
+    case 0: pause_us(random_below(state, 120)); break;
+    case 1: sched_yield(); break;
+    default:
+        for (uint64_t i = random_below(state, 400); i; i--)
+            fr_pause();
+    }
+}
+
+static void *flood(void *argument)
 {
     struct source *s = argument;
     uint64_t state = random_seed(10 + s->peer);
-    while (!over()) {
+    while (fr_now_ns() < half_ns) {
         for (uint64_t burst = 1 + random_below(&state, 6); burst; burst--)
             send(s, ++s->sent);
-        /* Pauses around the length of the consumer's way to sleep: that is where wake-ups get lost. */
-        switch (random_below(&state, 4)) {
-        case 0: pause_us(random_below(&state, 120)); break;
-        case 1: sched_yield(); break;
-        default:
-            for (uint64_t i = random_below(&state, 400); i; i--)
-                fr_pause();
+        pause_somehow(&state);
+    }
+    return NULL;
+}
+
+static void *converse(void *unused)
+{
+    uint64_t state = random_seed(99);
+    (void)unused;
+    for (unsigned i = 0; i < PRODUCERS; i++)
+        join(producers[i]);
+    for (; !over(); rounds++) {
+        struct source *s = &sources[random_below(&state, PRODUCERS)];
+        for (uint64_t run = 1 + random_below(&state, 20); run; run--) {
+            send(s, ++s->sent);
+            while (fr_ring_consumed(&s->producer) != s->producer.tail)
+                if (random_below(&state, 2))
+                    sched_yield();
+            if (!random_below(&state, 4))
+                pause_somehow(&state);
         }
     }
-    send(s, 0); /* the end */
+    for (unsigned i = 0; i < PRODUCERS; i++)
+        send(&sources[i], 0); /* the end */
     return NULL;
+}
+
+static void prefer(struct source *s)
+{
+    favourite = s;
+    if (s)
+        fr_listener_prefer(&listener, (int)s->peer, &s->consumer.ring->tail, &s->consumer.head);
+    else
+        fr_listener_prefer_nobody(&listener);
+    changes++;
+}
+
+static void prefer_somebody(uint64_t *state)
+{
+    uint64_t choice = random_below(state, 16); /* mostly it stays as it is: a favourite has to be one for a while */
+    if (choice <= PRODUCERS)
+        prefer(choice < PRODUCERS ? &sources[choice] : NULL);
 }
 
 static void drain(struct source *s)
@@ -72,24 +122,31 @@ static void drain(struct source *s)
         fr_or(&bell->ready[s->peer >> 6], (uint64_t)1 << (s->peer & 63));
 }
 
-static void sleep_without_limit(void)
+/* Returns whether there was something to read already. */
+static int sleep_without_limit(void)
 {
     uint32_t seen = fr_load32_acquire(&bell->leader);
     fr_store32_relaxed(&bell->armed, FR_ARMED_LEADER);
     fr_fence();
-    if (!fr_bell_any(bell)) {
+    int any = fr_listener_any(&listener);
+    if (!any) {
         sleeps++;
         fr_futex_wait(&bell->leader, seen, -1);
     }
     fr_cas32(&bell->armed, FR_ARMED_LEADER, FR_ARMED_NOBODY);
+    return any;
 }
+
+static int is_set(const uint64_t *bits, unsigned peer) { return bits[peer >> 6] >> (peer & 63) & 1; }
 
 int main(int argc, char **argv)
 {
-    pthread_t threads[PRODUCERS];
-    int left = PRODUCERS;
+    pthread_t conversation;
+    int left = PRODUCERS, any = 0;
     begin(argc, argv);
+    half_ns = fr_now_ns() + (end_ns - fr_now_ns()) / 2;
     bell = guarded(sizeof *bell);
+    fr_listener_open(&listener, bell);
     for (unsigned i = 0; i < PRODUCERS; i++) {
         void *memory = guarded(FR_RING_DATA_OFFSET + SIZE);
         sources[i].peer = i * 63; /* 0, 63, 126: edges of the words */
@@ -97,27 +154,37 @@ int main(int argc, char **argv)
         fr_consumer_open(&sources[i].consumer, memory, SIZE);
     }
     for (unsigned i = 0; i < PRODUCERS; i++)
-        threads[i] = run(produce, &sources[i]);
-    while (left) {
+        producers[i] = run(flood, &sources[i]);
+    conversation = run(converse, NULL);
+    for (uint64_t state = random_seed(0); left;) {
         uint64_t bits[FR_READY_WORDS];
+        int visited = 0;
         for (unsigned word = 0; word < FR_READY_WORDS; word++)
-            bits[word] = fr_bell_take(bell, word);
-        for (unsigned i = 0; i < PRODUCERS; i++)
-            if (bits[sources[i].peer >> 6] >> (sources[i].peer & 63) & 1) {
-                int ended = sources[i].ended;
-                drain(&sources[i]);
-                left -= sources[i].ended && !ended;
-            }
-        if (left)
-            sleep_without_limit();
+            bits[word] = fr_listener_take(&listener, word);
+        for (unsigned i = 0; i < PRODUCERS; i++) {
+            struct source *s = &sources[i];
+            int told = is_set(bits, s->peer);
+            CHECK(!told || s != favourite); /* its bit stays where it is */
+            if (!told && !(s == favourite && fr_listener_favourite(&listener)))
+                continue;
+            unannounced += !told;
+            visited = 1;
+            int ended = s->ended;
+            drain(s);
+            left -= s->ended && !ended;
+        }
+        CHECK(visited || !any); /* work that is seen and not found keeps a leader awake for ever */
+        prefer_somebody(&state);
+        any = left && sleep_without_limit();
     }
     uint64_t total = 0;
+    join(conversation);
     for (unsigned i = 0; i < PRODUCERS; i++) {
-        join(threads[i]);
         CHECK(sources[i].received == sources[i].sent);
         total += sources[i].sent;
     }
-    CHECK(total > 0 && sleeps > 0 && wakes > 0); /* else nothing has been tried */
-    printf("bell: %lu records, %lu sleeps, %lu wake-ups\n", total, sleeps, wakes);
+    CHECK(total > 0 && sleeps > 0 && wakes > 0 && rounds > 0 && changes > 0 && unannounced > 0); /* else nothing was tried */
+    printf("bell: %lu records, %lu sleeps, %lu wake-ups, %lu rounds alone, %lu changes of the favourite, %lu visits to it\n",
+           total, sleeps, wakes, rounds, changes, unannounced);
     return 0;
 }

@@ -1,7 +1,8 @@
 /* Leader and followers, asleep without slices: every message is handled, in order, though handlers sleep and block.
  *
  * The threads here do what a runtime's serving threads do. A message may make its handler sleep, or block until a later
- * message of the same sender has been handled: that hangs unless progress is independent of handlers. */
+ * message of the same sender has been handled: that hangs unless progress is independent of handlers. Whoever leads makes
+ * another ring the favourite now and then, or none, while the others look for work. */
 #include "harness.h"
 
 #include "fr_ring.h"
@@ -11,6 +12,7 @@
 #define BASE_THREADS 2
 #define MOST_THREADS 64
 #define SIZE 1024u
+#define NO_FAVOURITE (-1)
 
 enum { QUICK, SLEEPS, BLOCKS, RELEASES, KINDS };
 
@@ -29,10 +31,12 @@ struct source {
 };
 
 static struct fr_serving serving;
+static struct fr_listener listener;
 static struct source sources[PRODUCERS];
 static pthread_t threads[MOST_THREADS];
 static uint32_t thread_count, parked;
-static uint64_t pending[FR_READY_WORDS]; /* with the token */
+static uint64_t pending[FR_READY_WORDS], changes; /* with the token */
+static int favourite = NO_FAVOURITE;
 static uint64_t handled, steps_in, rounds, kinds[KINDS];
 static int64_t half_ns; /* until then a flood from all, then a conversation with one */
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -49,11 +53,27 @@ static void start_thread(void)
     pthread_mutex_unlock(&start_lock);
 }
 
+/* Another favourite, or none. With the token; whoever has none may be looking at it. */
+static void prefer_somebody(uint64_t *state)
+{
+    uint64_t choice = random_below(state, 16); /* mostly it stays as it is: a favourite has to be one for a while */
+    if (choice > PRODUCERS)
+        return;
+    favourite = choice < PRODUCERS ? (int)choice : NO_FAVOURITE;
+    if (favourite == NO_FAVOURITE)
+        fr_listener_prefer_nobody(&listener);
+    else
+        fr_listener_prefer(&listener, favourite, &sources[favourite].consumer.ring->tail, &sources[favourite].consumer.head);
+    changes++;
+}
+
 /* The next message and, for one that blocks, which release it waits for. With the token. */
 static int next(struct message *message, uint32_t *awaited)
 {
     for (unsigned word = 0; word < FR_READY_WORDS; word++)
-        pending[word] |= fr_bell_take(serving.bell, word);
+        pending[word] |= fr_listener_take(&listener, word);
+    if (favourite != NO_FAVOURITE && fr_listener_favourite(&listener))
+        pending[0] |= (uint64_t)1 << favourite;
     for (unsigned i = 0; i < PRODUCERS; i++) {
         struct source *s = &sources[i];
         const char *payload;
@@ -117,10 +137,13 @@ static int lead(uint64_t *state)
     struct message message;
     uint32_t awaited = 0;
     while (next(&message, &awaited)) {
+        prefer_somebody(state);
         put_back();
         if (!fr_load32_acquire(&parked))
             start_thread(); /* somebody must be left to drain */
         fr_serve_pass_token(&serving);
+        /* As if the caller ran on this processor, or on another. */
+        fr_store32_relaxed(&serving.partner_cpu, random_below(state, 2) ? fr_cpu() : FR_NO_CPU);
         handle(&message, awaited, state);
         if (!fr_serve_retake_token(&serving))
             return 0;
@@ -139,7 +162,8 @@ static void *serve(void *unused)
         fr_add32(&parked, (uint32_t)-1);
         int leading;
         while ((leading = lead(&state)) && !fr_load32_acquire(&serving.stopping))
-            fr_serve_wait_leader(&serving, -1);
+            if (!fr_serve_wait_briefly(&serving))
+                fr_serve_wait_leader(&serving, -1);
         if (leading)
             fr_store32_release(&serving.token, 0);
         fr_add32(&parked, 1);
@@ -218,6 +242,8 @@ int main(int argc, char **argv)
     begin(argc, argv);
     half_ns = fr_now_ns() + (end_ns - fr_now_ns()) / 2;
     serving.bell = guarded(sizeof *serving.bell);
+    serving.listener = &listener;
+    fr_listener_open(&listener, serving.bell);
     for (int i = 0; i < PRODUCERS; i++) {
         void *memory = guarded(FR_RING_DATA_OFFSET + SIZE);
         fr_producer_open(&sources[i].producer, memory, SIZE);
@@ -241,8 +267,10 @@ int main(int argc, char **argv)
         join(threads[i]);
     CHECK(handled == sent && serving.token == 0 && serving.away == 0);
     for (int kind = 0; kind < KINDS; kind++)
-        CHECK(kinds[kind] > 0 && rounds > 0); /* else nothing has been tried */
-    printf("serve: %lu messages, %lu blocked, %lu rounds alone, %u threads, %lu times another led, slept %lu, spun %lu\n", handled,
-           kinds[BLOCKS], rounds, thread_count, steps_in, serving.waiting.slept, serving.waiting.spun);
+        CHECK(kinds[kind] > 0 && rounds > 0 && changes > 0); /* else nothing has been tried */
+    printf("serve: %lu messages, %lu blocked, %lu rounds alone, %u threads, %lu times another led, %lu changes of the favourite, "
+           "slept %lu, spun %lu, briefly %lu\n",
+           handled, kinds[BLOCKS], rounds, thread_count, steps_in, changes, serving.waiting.slept, serving.waiting.spun,
+           serving.briefly.spun);
     return 0;
 }

@@ -6,6 +6,7 @@
 #define CALLERS 2
 #define CALLEES 2
 #define SLOTS 4     /* of each caller: few, so that they are used again at once */
+#define SPINS 200   /* looks at `done` alone before the caller goes to sleep */
 #define WAITING 64  /* requests under way, in no order */
 
 struct request {
@@ -87,13 +88,18 @@ static void *serve(void *argument)
 /* Wait until the answer is there or the deadline over; 0 deadline: for ever, and asleep without slices. */
 static int wait_for(struct fr_slot *s, uint64_t number, int64_t deadline_ns)
 {
-    while (!fr_slot_is_done(s, number)) {
+    for (int i = 0; i < SPINS; i++) {
+        if (fr_slot_is_done(s, number))
+            return 1;
+        fr_pause();
+    }
+    while (!fr_slot_has_answer(s, number)) {
         int64_t left = deadline_ns ? deadline_ns - fr_now_ns() : -1;
         if (deadline_ns && left <= 0)
             return 0;
         fr_store32_release(&s->sleeping, 1);
         fr_fence();
-        if (!fr_slot_is_done(s, number))
+        if (!fr_slot_has_answer(s, number))
             fr_futex_wait(&s->sleeping, 1, left);
         fr_store32_release(&s->sleeping, 0);
     }

@@ -3,7 +3,8 @@
 One caller with one slot calls two callees in turn, times out when it likes
 and sleeps when it likes; a callee answers late or dies. The caller's store
 of `sleeping` goes through a store buffer, as on x86, so that a fence left
-out shows.
+out shows. A callee's store of `done` may arrive long after DONE, or never
+when it dies; its fence before it looks at `sleeping` waits for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ FREE, PENDING, WRITING, DONE, ABANDONED = "free", "pending", "writing", "done", 
 NAMES = ("ben", "cay")
 
 RULES = {
+    "done_number": "`done` says whose answer is complete, not only that one is",
+    "look_at_state": "who goes to sleep looks at the state as well: a late store of `done` may have hidden his own",
     "number": "the state word carries the call's number beside the state",
     "answer_by_cas": "a callee changes the word by compare-and-swap only",
     "claim": "a callee claims the slot (WRITING) before it writes into it",
@@ -26,7 +29,7 @@ RULES = {
     "abandon": "a caller that gives up while the callee writes leaves the slot ABANDONED",
     "callee_frees": "a callee that finds its call abandoned frees the slot",
     "dead_free": "what a dead callee was to write, the caller frees",
-    "look_again": "a caller that goes to sleep looks at the word after it has said so",
+    "look_again": "a caller that goes to sleep looks for the answer after it has said so",
     "fence_before_look": "there is a fence between saying so and looking",
     "wake": "a callee that stored DONE wakes a caller that sleeps",
     "wake_at_death": "after a death every sleeper is woken: the dead may have taken back its word and not woken it",
@@ -47,6 +50,7 @@ class State(NamedTuple):
     Parameters
     ----------
     word : (call number, state) in shared memory
+    done : call whose answer is complete, as far as the word beside the state says
     answer : call whose answer lies in the slot, 0 for none
     sleeping : what memory says; the caller's own store may still be on its way
     buffered : whether the caller's store of 1 is on its way
@@ -54,12 +58,14 @@ class State(NamedTuple):
     call : number of the call it is at
     callee : whom it called
     jobs : per callee, ((number, step), ...)
+    late : per callee, the calls whose `done` is on its way
     live : per callee
     noticed : per callee, whether the caller's process knows of the death
     calls, kills : how many may still happen
     """
 
     word: tuple[int, str] = (0, FREE)
+    done: int = 0
     answer: int = 0
     sleeping: int = 0
     buffered: bool = False
@@ -67,6 +73,7 @@ class State(NamedTuple):
     call: int = 0
     callee: int = 0
     jobs: tuple[tuple[tuple[int, str], ...], ...] = ((), ())
+    late: tuple[tuple[int, ...], ...] = ((), ())
     live: tuple[bool, bool] = (True, True)
     noticed: tuple[bool, bool] = (False, False)
     calls: int = 3
@@ -112,10 +119,15 @@ class SlotModel:
         for callee, jobs in enumerate(s.jobs):
             if s.live[callee]:
                 for number, step in jobs:
+                    if step == "tell" and number in s.late[callee]:
+                        continue
                     yield NAMES[callee], step, number
                 if s.kills:
                     yield NAMES[callee], "kill"
-            elif not s.noticed[callee]:
+            if not s.noticed[callee]:
+                for number in s.late[callee]:
+                    yield NAMES[callee], "done arrives", number
+            if not s.live[callee] and not s.noticed[callee]:
                 yield "caller", "notice", callee
         # A slot that was abandoned to a callee who then died.
         if s.caller == "idle" and s.word[1] == ABANDONED and s.noticed[s.callee] and self._on("dead_free"):
@@ -131,7 +143,7 @@ class SlotModel:
         if s.caller == "wait":
             if dead:
                 yield "caller", "fail"
-            if s.word == (self._key(s.call), DONE):
+            if self._has_answer(s):
                 yield "caller", "see done"
             elif not s.sleeping and not s.buffered and not dead:
                 yield "caller", "say sleeping"
@@ -139,6 +151,12 @@ class SlotModel:
             yield "caller", "look" if self._on("look_again") else "sleep"
         elif s.caller == "looked":
             yield "caller", "sleep"
+
+    def _has_answer(self, s: State) -> bool:
+        """Return whether the caller sees that its answer is there."""
+        if s.done == s.call or s.done and not self._on("done_number"):
+            return True
+        return self._on("look_at_state") and s.word == (self._key(s.call), DONE)
 
     def _on(self, rule: str) -> bool:
         return rule not in self._without
@@ -177,8 +195,10 @@ class SlotModel:
 
     def _call(self, s: State, callee: int) -> State:
         number = s.call + 1
+        done = s.done if self._on("done_number") else 0
         return s._replace(
-            word=(self._key(number), PENDING), answer=0, sleeping=0, caller="wait", call=number, callee=callee,
+            word=(self._key(number), PENDING), done=done, answer=0, sleeping=0,
+            caller="wait", call=number, callee=callee,
             jobs=_put(s.jobs, callee, (*s.jobs[callee], (number, "claim" if self._on("claim") else "write"))),
             calls=s.calls - 1,
         )  # fmt: skip
@@ -196,7 +216,7 @@ class SlotModel:
         return s._replace(sleeping=1, buffered=False)
 
     def _look(self, s: State) -> State:
-        settled = s.word == (self._key(s.call), DONE) or s.noticed[s.callee]
+        settled = self._has_answer(s) or s.noticed[s.callee]
         return s._replace(caller="wait" if settled else "looked")
 
     def _sleep(self, s: State) -> State:
@@ -222,7 +242,7 @@ class SlotModel:
         return s._replace(word=(s.word[0], FREE))
 
     def _notice(self, s: State, callee: int) -> State:
-        known = s._replace(noticed=_put(s.noticed, callee, True))
+        known = s._replace(noticed=_put(s.noticed, callee, True), late=_put(s.late, callee, ()))
         if s.sleeping or self._on("wake_at_death"):
             known = known._replace(sleeping=0, caller=_awake(s.caller))
         return known
@@ -247,8 +267,12 @@ class SlotModel:
         claimed = WRITING if self._on("claim") else PENDING
         if s.word == (self._key(number), claimed) or not self._on("answer_by_cas"):
             after = "tell" if self._on("answer_before_done") else "write"
-            return self._go(s, callee, number, after)._replace(word=(s.word[0], DONE))
+            late = _put(s.late, callee, (*s.late[callee], number))
+            return self._go(s, callee, number, after)._replace(word=(s.word[0], DONE), late=late)
         return self._go(s, callee, number, "give back" if self._on("callee_frees") else None)
+
+    def _done_arrives(self, s: State, callee: int, number: int) -> State:
+        return s._replace(done=number, late=_put(s.late, callee, tuple([n for n in s.late[callee] if n != number])))
 
     def _give_back(self, s: State, callee: int, number: int) -> State:
         state = FREE if s.word == (self._key(number), ABANDONED) else s.word[1]
@@ -281,6 +305,7 @@ _CALLEE = {
     "claim": SlotModel._claim,
     "write": SlotModel._write,
     "finish": SlotModel._finish,
+    "done arrives": SlotModel._done_arrives,
     "give back": SlotModel._give_back,
     "tell": SlotModel._tell,
     "hush": SlotModel._hush,
@@ -302,7 +327,8 @@ def describe(action: Action, state: State) -> str:
     who, verb, *rest = action
     about = "" if not rest else f" {NAMES[rest[0]]}" if verb in ("call", "notice") else f" (call {rest[0]})"
     number, word = state.word
-    return f"{who} {verb + about:<28} slot {number} {word:<9} answer {state.answer} sleeping {state.sleeping}"
+    slot = f"slot {number} {word:<9} done {state.done} answer {state.answer} sleeping {state.sleeping}"
+    return f"{who} {verb + about:<28} {slot}"
 
 
 def build(name: str, without: tuple[str, ...] = ()) -> SlotModel:
