@@ -14,11 +14,16 @@ cdef extern from "pthread.h" nogil:
 
 
 cdef extern from "fr_failpoint.h" nogil:
+    struct fr_failpoint:
+        char* name
+        unsigned passed
     struct fr_failpoints:
         int count
+        fr_failpoint* point
     fr_failpoints* fr_failpoints_here
     int fr_failpoints_parse(fr_failpoints* all, const char* text)
     void FR_FAILPOINT(const char* name)
+    bint FR_FAILS(const char* name)
 
 
 cdef extern from "fr_table.h" nogil:

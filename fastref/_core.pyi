@@ -14,12 +14,16 @@ __all__ = [
     "PinQueue",
     "ReferenceTable",
     "arm_failpoints",
+    "failpoint",
+    "failpoint_passages",
     "table_sizes",
 ]
 
 BITS: int
 
 def arm_failpoints(text: str | None) -> int: ...
+def failpoint(name: str) -> None: ...
+def failpoint_passages() -> dict[str, int]: ...
 def table_sizes(capacity: int) -> tuple[int, int]: ...
 
 class IdGenerator:

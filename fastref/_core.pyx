@@ -17,7 +17,7 @@ from operator import index as index_of
 from fastref.errors import IdsExhausted, ProtocolError, ReferenceLost, UsageError
 
 __all__ = ["IdGenerator", "GloballyUniqueId", "ForkData", "Holder", "ReferenceTable", "PinQueue", "table_sizes",
-           "arm_failpoints", "BITS"]
+           "arm_failpoints", "failpoint", "failpoint_passages", "BITS"]
 
 cdef uint64_t COUNT_BITS = 48
 cdef uint64_t COUNT_MASK = (<uint64_t>1 << 48) - 1
@@ -51,8 +51,24 @@ def arm_failpoints(text: str | None) -> int:
     encoded = (text or "").encode()
     armed = fr_failpoints_parse(&_failpoints, encoded)
     if armed < 0:
-        raise UsageError(f"cannot understand FASTREF_FAILPOINTS={text!r}; expected name=kill:N;name=stop:S;name=delay:S")
+        raise UsageError(f"cannot understand FASTREF_FAILPOINTS={text!r}; expected name=kill:N;name=stop:S;"
+                         "name=delay:S;name=fail:N")
     return armed
+
+
+def failpoint(name: str) -> None:
+    """Mark a place in Python code at which a test may kill, stop or delay the process."""
+    cdef const char* place
+    if _failpoints.count:
+        encoded = name.encode()
+        place = encoded
+        with nogil:
+            FR_FAILPOINT(place)
+
+
+def failpoint_passages() -> dict:
+    """Return how often each armed failpoint has been passed since it was armed."""
+    return {_failpoints.point[i].name.decode(): _failpoints.point[i].passed for i in range(_failpoints.count)}
 
 
 fr_failpoints_here = failpoints()
@@ -554,6 +570,7 @@ cdef class ReferenceTable:
         """
         cdef uint32_t entry = self.holder._checked(index)
         cdef bint wrong = False
+        FR_FAILPOINT("table.closed_not_freed")
         pthread_mutex_lock(&self.lock)
         if self.phase[entry] != PHASE_CLOSING:
             wrong = True
@@ -587,6 +604,7 @@ cdef class ReferenceTable:
                 if fr_load_relaxed(&self.at.hold[index]) & bit:
                     held += 1
                     fr_table_clear(&self.at, index, bit)
+                    FR_FAILPOINT("table.peer_half_removed")
                 # Flagged or not: its owner may have died between its AND and its flag.
                 if fr_load_acquire(&self.at.hold[index]) == 0:
                     fr_flag_dirty(&self.at, index)

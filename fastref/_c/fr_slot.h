@@ -11,6 +11,7 @@
 #define FR_SLOT_H
 
 #include "fr_atomic.h"
+#include "fr_failpoint.h"
 
 #define FR_SLOT_ROOM 168
 
@@ -60,6 +61,7 @@ static inline int fr_slot_finish(struct fr_slot *s, uint64_t number)
         return 0;
     }
     fr_store_release(&s->done, number); /* SYNC: the answer before done; pairs with fr_slot_is_done */
+    FR_FAILPOINT("slot.written");
     fr_fence(); /* SYNC: done before sleeping; pairs with the caller's sleeping before done */
     if (fr_load32_relaxed(&s->sleeping)) {
         fr_store32_release(&s->sleeping, 0);

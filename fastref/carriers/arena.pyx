@@ -5,9 +5,13 @@ from threading import Lock
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
+from fastref._core cimport FR_FAILPOINT, FR_FAILS, failpoints, fr_failpoints_here
+
 from fastref.errors import ProtocolError, ResourceError, UsageError
 
 __all__ = ["Arena", "PeerArena"]
+
+fr_failpoints_here = failpoints()
 
 cdef enum:
     SMALLEST = 4096
@@ -59,6 +63,8 @@ cdef class Arena:
         cdef uint64_t rounded, offset, wanted
         if size_bytes > self.limit:
             raise ResourceError(f"an arena of {self.limit} bytes has no room for a block of {size_bytes}")
+        if FR_FAILS("arena.lending"):
+            raise ResourceError(f"a failpoint refuses a block of {size_bytes} bytes")
         rounded = _rounded(size_bytes)
         with self._lock:
             waiting = self._free.get(rounded)
@@ -77,6 +83,7 @@ cdef class Arena:
                 self.top += (rounded + 4095) // 4096 * 4096
             self._lent[offset] = rounded
             self.bytes_lent += rounded
+        FR_FAILPOINT("arena.lent")
         return offset
 
     cpdef int give_back(self, uint64_t offset) except -1:
@@ -93,6 +100,7 @@ cdef class Arena:
                 raise UsageError(f"no block is lent at {offset}")
             self._free.setdefault(rounded, []).append(offset)
             self.bytes_lent -= rounded
+        FR_FAILPOINT("arena.given_back")
         return 0
 
     def fill(self, offset: int, data) -> None:
@@ -128,6 +136,7 @@ cdef class PeerArena:
     cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL:
         if offset > self.size_bytes or size_bytes > self.size_bytes - offset:
             raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
+        FR_FAILPOINT("arena.borrowed")
         return self.base + offset
 
     def view(self, offset: int, size_bytes: int) -> memoryview:

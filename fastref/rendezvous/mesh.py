@@ -8,6 +8,7 @@ import selectors
 import time
 from collections.abc import Callable, Sequence
 
+from fastref._core import failpoint
 from fastref.errors import ProtocolError, RendezvousError, WorkerDied
 from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.links import CLOSED, Link, Listener, Segments, check_same_build, read_link_hello, refuse
@@ -107,6 +108,7 @@ class _Mesh:
                 raise WorkerDied(member.name, member.rank, member.pid, str(error)) from error
             self._asked[member.rank] = link
             link.send_hello(self._record, self._segments_for(member))
+            failpoint("segment.announced")
             self._on(link.fileno(), functools.partial(self._read_welcome, link))
 
     def run(self, deadline: float) -> dict[int, Link]:
@@ -157,6 +159,7 @@ class _Mesh:
             return
         self._links[link.record.rank] = link
         link.send_welcome(self._record, self._segments_for(link.record))
+        failpoint("segment.announced")
 
     def _admit(self, visitor: Connection, message: Message) -> Link:
         if message.kind == "link-hello":

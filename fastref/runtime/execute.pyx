@@ -153,6 +153,7 @@ cdef class Executor(ReferenceCaller):
         else:
             owned.settle(VALUE_READY)
             self.publish(owned, index)
+        FR_FAILPOINT("remote.created")
         waiters, owned.waiters = owned.waiters, None
         if waiters:
             self.unpark(waiters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 
-from fastref._core import table_sizes
+from fastref._core import failpoint, table_sizes
 from fastref.channels.channel import BELL_BYTES
 from fastref.channels.shm import RING_SIZE, ring_bytes
 from fastref.channels.slots import slot_bytes
@@ -151,6 +151,7 @@ class PeerMemory:
         self.descriptors = self._map(link, "descriptors", False)
         self.arena = self._map(link, "arena", False)
         self.ring = self._map(link, "ring", True)
+        failpoint("segment.mapped")
 
     @staticmethod
     def _map(link: Link, label: str, writable: bool) -> Mapping:

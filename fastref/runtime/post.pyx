@@ -4,7 +4,8 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastref._core cimport FR_LOST, Holder, fr_add_relaxed, fr_fork, fr_load32_acquire, fr_now_ns
+from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_relaxed, fr_failpoints_here, fr_fork,
+                            fr_load32_acquire, fr_now_ns)
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
@@ -18,6 +19,8 @@ from fastref.errors import CallTimeout, ProtocolError, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
 __all__ = ["Post"]
+
+fr_failpoints_here = failpoints()
 
 cdef extern from *:
     """
@@ -145,6 +148,7 @@ cdef class Post(Wiring):
             if body is not None and body.references:
                 forks, pinned = self.encoder(), []
                 self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, forks, pinned)
+                FR_FAILPOINT("fork.reserved")
                 head.references, head.forks_size = len(body.references), forks.size
             if head.forks_size > INLINE_LIMIT:  # hundreds of references: they go into the block too
                 in_block = head.forks_size
@@ -228,6 +232,7 @@ cdef class Post(Wiring):
         if lent >= 0:
             peer.loans.append((position, lent))
         if pinned is not None:
+            FR_FAILPOINT("fork.sent")
             for holder, index, child in pinned:
                 if child is None:
                     peer.pins.push(position, <Holder>holder, index)

@@ -3,9 +3,9 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from fastref._core cimport (FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING, FR_VALUE_READY, fr_descriptor,
-                            fr_fork, fr_futex_wait, fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed,
-                            fr_now_ns)
+from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING, FR_VALUE_READY,
+                            failpoints, fr_descriptor, fr_failpoints_here, fr_fork, fr_futex_wait, fr_holder_adopt,
+                            fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns)
 from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef,
@@ -32,6 +32,8 @@ cdef extern from *:
     }
     """
     int fr_descriptor_spin(fr_descriptor*, uint32_t*, fr_waiting*) nogil
+
+fr_failpoints_here = failpoints()
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # the part of an id that its maker counts
 cdef list _NOTHING = []
@@ -89,7 +91,9 @@ cdef class ReferenceCaller(Caller):
             head.kind = PYTHON_REMOTE_CALL
             if timeout_s != -1.0:
                 rref.value_deadline_ns = head.deadline_ns = deadline_ns
+            FR_FAILPOINT("remote.before_send")
             self.post(peer, &head, body, deadline_ns)
+            FR_FAILPOINT("remote.sent")
         except PeerError as error:
             rref.creation = error
         self.encoder_done(body)

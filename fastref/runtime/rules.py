@@ -219,6 +219,7 @@ class RuleKeeper(Server):
                 return
             commands = self._owner_forks.requested((index, generation), fork, peer.rank, alive)
         self._mark_and_clear(commands)
+        _core.failpoint("fork.registered")
         for command in commands:
             if isinstance(command, forks.Accept):
                 self.tell(peer, Kind.RREF_FORK_ACCEPT, [fork, command.ok])
@@ -227,6 +228,7 @@ class RuleKeeper(Server):
         fork, ok = value
         with self._rules:
             commands = self._user_forks.accepted(fork, ok)
+        _core.failpoint("fork.accepted")
         for command in commands:
             self._perform_user(command)
 
@@ -235,12 +237,14 @@ class RuleKeeper(Server):
         if child is not None:
             holder, index = child
             holder.release(index)
+            _core.failpoint("fork.parent_unpinned")
 
     def _user_deleted(self, peer: Peer, call: int, value: Any) -> None:
         index, generation, gone = value
         with self._rules:
             commands = self._owner_forks.deleted((index, generation), tuple(gone))
         self._mark_and_clear(commands)
+        _core.failpoint("delete.applied")
 
     def _mark_and_clear(self, commands: list) -> None:
         for command in commands:
@@ -252,6 +256,7 @@ class RuleKeeper(Server):
     def _perform_user(self, command: Any) -> None:
         if isinstance(command, forks.Request):
             self.tell(self.peers[command.owner], Kind.RREF_FORK_REQUEST, [*command.entry, command.fork])
+            _core.failpoint("fork.requested")
         elif isinstance(command, forks.ChildAccept):
             self.tell(self.peers[command.parent], Kind.RREF_CHILD_ACCEPT, None, call=command.fork)
         elif isinstance(command, forks.Delete):
@@ -267,6 +272,7 @@ class RuleKeeper(Server):
                 if peer.holder.count(index):
                     continue  # it came back meanwhile
                 commands = self._user_forks.let_go(peer.rank, (index, generation))
+            _core.failpoint("delete.queued")
             for command in commands:
                 self._perform_user(command)
 
@@ -344,6 +350,7 @@ class RuleKeeper(Server):
                 self.watch_inbox(command.dead)
             elif isinstance(command, removal.SendAsk):
                 self.tell(self.peers[command.to], Kind.DRAIN_ASK, None, call=command.dead)
+                _core.failpoint("removal.asked")
             elif isinstance(command, removal.SendDone):
                 self.tell(self.peers[command.to], Kind.DRAIN_DONE, None, call=command.dead)
             elif isinstance(command, removal.Clear):
@@ -361,6 +368,7 @@ class RuleKeeper(Server):
                     (index, self.owned[index]) for index in unmade if index < len(self.owned) and self.owned[index]
                 ]
                 self.do_later(functools.partial(self._fail_values, command.dead, begun))
+                _core.failpoint("removal.cleared")
 
     def _fail_values(self, dead: int, begun: list[tuple[int, Any]]) -> None:
         """Values that a dead worker's remote() should have made, and whose requests never came, never will be."""

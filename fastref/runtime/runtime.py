@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from fastref._core import Holder, IdGenerator, ReferenceTable
+from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
 from fastref._version import __version__
 from fastref.carriers.arena import Arena, PeerArena
 from fastref.channels.channel import Inbox
@@ -99,6 +99,7 @@ class Runtime(RuleKeeper):
         deadline = time.monotonic() + options.rpc_timeout if options.rpc_timeout else math.inf
         directory = job_directory(run_root(), job_name(options.init_method))
         self._listener = Listener(directory, self._lock.instance)
+        failpoint("rendezvous.listening")
         self._memory = memory = OwnMemory(self._lock, options)
         record = WorkerRecord(
             name=name, rank=max(rank, 0), pid=os.getpid(), instance=self._lock.instance,
@@ -108,6 +109,7 @@ class Runtime(RuleKeeper):
         self._membership = join(
             record, self._listener, options.init_method, rank, world_size, options.rpc_timeout, store, count
         )
+        failpoint("rendezvous.joined")
         record = self._membership.record
         inbox = Inbox(memory.bell)
         table = ReferenceTable(memory.hold, memory.descriptors, memory.capacity, memory.usable)
@@ -134,6 +136,7 @@ class Runtime(RuleKeeper):
         finally:
             for fd in rings.values():
                 os.close(fd)
+        failpoint("rendezvous.linked")
         myself = Peer(
             self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
             PeerSlots(memory.slots, SLOTS), self.table.holder, PeerArena(memory.arena), self.bits,
@@ -159,6 +162,7 @@ class Runtime(RuleKeeper):
         self._monitor.start()
         for rank in self._links:
             self.tell(self.peers[rank], Kind.GREETING, self.main_digest)
+        failpoint("rendezvous.greeting")
         with self._greeted:
             while not self._greeted.wait_for(self._all_greeted, timeout=0.1):
                 if time.monotonic() > deadline:
@@ -243,6 +247,7 @@ class Runtime(RuleKeeper):
                 others = sorted(self._rounds.live - {self.rank})
             for rank in others:
                 self.tell(self.peers[rank], Kind.IDLE_REPORT, [report.sent, report.served], call=report.number)
+            failpoint("shutdown.round")
             with self._round_heard:
                 while not self._round_heard.wait_for(self._rounds.is_over, timeout=0.1):
                     if time.monotonic() > deadline:
@@ -273,6 +278,7 @@ class Runtime(RuleKeeper):
                 link.send_message("leaving", {})
             except PeerError:
                 pass  # it has left, or died, before us
+        failpoint("shutdown.leaving")
         self.close()
         self.stop_threads()
         me = threading.current_thread()

@@ -330,6 +330,7 @@ cdef class Server(Executor):
         if view.head.kind > RREF_FETCH_CALL:
             data = PyBytes_FromStringAndSize(payload, size)
             self.inbox.done()
+            FR_FAILPOINT("ring.reader_released")
             self.controls.append((peer, view.head.call if view.head.kind != INTERN else view.head.callable,
                                   view.head.kind, data, references))
             return None
@@ -346,6 +347,7 @@ cdef class Server(Executor):
         except Exception as error:
             job.failure = error
         self.inbox.done()
+        FR_FAILPOINT("ring.reader_released")
         if view.head.kind == PYTHON_REMOTE_CALL:
             self._register_remote(job)
         return job
@@ -400,6 +402,7 @@ cdef class Server(Executor):
 
     def _register_remote(self, job: Job) -> None:
         """The peer has used one of the entries that were opened for it."""
+        FR_FAILPOINT("remote.received")
         if job.references and job.references[0] is not None:
             index = (<RRef>job.references[0]).fork.index
             if self.credit_of.pop(index, None) is not None:
@@ -465,6 +468,7 @@ cdef class Server(Executor):
             except PeerError as error:
                 logger.debug("nobody is left to answer: %s", error)
             self.encoder_done(body)
+            FR_FAILPOINT("call.sent")
         return leading
 
     # ---- what the runtime above decides

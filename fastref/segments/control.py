@@ -10,6 +10,7 @@ from pathlib import Path
 
 import posix_ipc
 
+from fastref._core import failpoint
 from fastref.errors import ResourceError, UsageError
 from fastref.segments.budget import check_available
 from fastref.segments.identity import InstanceIdentity
@@ -83,6 +84,7 @@ def create_control(size_bytes: int, identity: InstanceIdentity, *, keep_name: bo
         raise ResourceError(f"cannot create {SHM_DIRECTORY}{name}: {error}") from error
     segment = ControlSegment(memory.fd, size_bytes, name)
     try:
+        failpoint("segment.created")
         # Before anybody maps it: a page that is missing when it is touched is a SIGBUS, here it is an error.
         try:
             os.posix_fallocate(segment.fd, 0, size_bytes)
@@ -99,6 +101,7 @@ def create_control(size_bytes: int, identity: InstanceIdentity, *, keep_name: bo
         raise
     if not keep_name:
         segment.unlink()
+        failpoint("segment.unlinked")
     return segment
 
 
