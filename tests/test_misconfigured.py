@@ -12,7 +12,7 @@ import fastref.rpc as rpc
 from fastref.errors import UsageError
 from tests import puppets
 from tests.misconfigured import CASES, DAMAGED, METHODS, Part, check, free_port, play, prepared, take_part, trio
-from tests.puppets import Troupe, troupe_fixture  # noqa: F401
+from tests.puppets import Puppet, Troupe, troupe_fixture  # noqa: F401
 
 # One or two of a kind; the gate plays all of them over every init method.
 OFTEN = [

@@ -33,7 +33,7 @@ RECORDS_PER_MESSAGE = 64
 LINGER_S = 3.0
 # How long the place of a worker that died or left while it waited is kept for another. What remains of the time
 # in which everybody is to be told is then for those who are still on their way.
-RETURN_GRACE_S = 3.0
+RETURN_GRACE_S = 2.5
 _LAST_CALL_S = 1.0
 # How long another coordinator of a full job is given to end before it counts as a second job of that name.
 RIVAL_GRACE_S = 2.0

@@ -38,6 +38,7 @@ def tell_coordinator(
     cause: str,
     store: Store | None = None,
     count: int = 0,
+    as_visitor: bool = False,
 ) -> None:
     """Say that a worker cannot even ask for its seat: the coordinator tells everybody, and the job ends.
 
@@ -54,6 +55,8 @@ def tell_coordinator(
         As passed to ``join``, right or wrong.
     cause : str
         Why it cannot start.
+    as_visitor : bool
+        Even as rank 0 it looks for a coordinator: another process may have come to be it.
 
     Raises
     ------
@@ -72,12 +75,13 @@ def tell_coordinator(
     )
     cause = cause[:_MAX_CAUSE_CHARACTERS]
     # A store is hosted by rank 0; whoever does not know its rank is not the one.
-    rank_at_store = 1 if claimed_rank is None else claimed_rank
+    coordinates = claimed_rank == 0 and not as_visitor
+    rank_at_store = 0 if coordinates else 1
     deadline = time.monotonic() + _LOOK_S
     meeting, _store = open_meeting(
         listener.directory, init_method, rank_at_store, record.world_size, _LOOK_S, store, count
     )
-    if claimed_rank == 0:
+    if coordinates:
         sentence = sentences.could_not_start(job, record, record, cause)
         Coordinator(record, job, listener, meeting, _LOOK_S, deadline).turn_away(sentence)
         return

@@ -12,9 +12,10 @@ from fastref.errors import ProtocolError, RendezvousError, UsageError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, RETURN_GRACE_S, Coordinator, join_hello
+from fastref.rendezvous.failure import tell_coordinator
 from fastref.rendezvous.fields import read_integer, read_list, read_text
 from fastref.rendezvous.links import CLOSED, Listener, refusal_of
-from fastref.rendezvous.meeting import Meeting, open_meeting
+from fastref.rendezvous.meeting import Announcement, Meeting, open_meeting
 from fastref.rendezvous.methods import job_name, resolve_rank
 from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
 
@@ -115,9 +116,19 @@ def join(
     if world_size > MAX_WORLD_SIZE:
         raise UsageError(f"a job has at most {MAX_WORLD_SIZE} workers, not {world_size}")
     job = job_name(init_method)
-    meeting, store = open_meeting(
-        listener.directory, init_method, rank, world_size, timeout_s or math.inf, store, count
-    )
+    try:
+        meeting, store = open_meeting(
+            listener.directory, init_method, rank, world_size, timeout_s or math.inf, store, count
+        )
+    except RendezvousError as error:
+        if rank == 0:
+            # Another rank 0 may host the store at this very port, and its workers would wait for one more.
+            try:
+                cause = f"RendezvousError: {error}"
+                tell_coordinator(record, listener, init_method, rank, world_size, cause, count=count, as_visitor=True)
+            except (OSError, RuntimeError) as trouble:
+                error.add_note(f"No other worker could be told: {trouble}")
+        raise
     record = dataclasses.replace(record, rank=rank, world_size=world_size)
 
     if rank == 0:
@@ -153,7 +164,7 @@ class _Applicant:
         """Look for a coordinator that is alive and open until there is one or the time is up."""
         pause_s = _FIRST_PAUSE_S
         while time.monotonic() < self._deadline:
-            for announcement in self._meeting.look():
+            for announcement in self._look():
                 coordinator = announcement.record
                 if not announcement.is_open:
                     self._last_seen = f"coordinator {coordinator} has all its workers already"
@@ -168,9 +179,6 @@ class _Applicant:
                     self._meeting.complain(sentence)
                     raise RendezvousError(sentence)
                 pause_s = _FIRST_PAUSE_S
-            complaint = self._meeting.complaint()
-            if complaint is not None:
-                raise RendezvousError(complaint)
             if self._lost is not None and time.monotonic() >= self._lost_at + RETURN_GRACE_S:
                 raise RendezvousError(sentences.deserted(self._job, self._lost, self._record, RETURN_GRACE_S))
             time.sleep(pause_s)
@@ -179,6 +187,19 @@ class _Applicant:
             f"worker {self._record} waited {self._timeout_s:g} s for the {self._record.world_size} workers of job "
             f"{self._job!r}: {self._last_seen}"
         )
+
+    def _look(self) -> list[Announcement]:
+        """Return who coordinates, or raise what somebody who could not reach the coordinator has left."""
+        try:
+            complaint, announcements = self._meeting.complaint(), self._meeting.look()
+        except RendezvousError as error:
+            if self._lost is None:
+                raise
+            # The coordinator may have hosted the store, and the store's own words do not say that it died.
+            raise RendezvousError(sentences.orphaned(self._job, self._lost, self._record, error)) from error
+        if complaint is not None:
+            raise RendezvousError(complaint)
+        return announcements
 
     def _check_full(self, coordinator: WorkerRecord) -> None:
         """Refuse to wait for the end of a job that goes on: the program that is running is not this one."""

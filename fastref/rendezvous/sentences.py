@@ -12,6 +12,7 @@ __all__ = [
     "deserted",
     "duplicate",
     "full",
+    "orphaned",
     "other_host",
     "out_of_range",
     "roll_call",
@@ -71,6 +72,11 @@ def deserted(job: str, gone: WorkerRecord, witness: WorkerRecord, grace_s: float
         f"worker {gone} of job {job!r} died or left before all had come, and nobody took its place within "
         f"{grace_s:g} s; worker {witness} gives up"
     )
+
+
+def orphaned(job: str, gone: WorkerRecord, witness: WorkerRecord, trouble: object) -> str:
+    """Return the sentence for a coordinator that ended, and with it the place where another could announce itself."""
+    return f"worker {gone} of job {job!r} died or left before all had come; worker {witness} gives up: {trouble}"
 
 
 def roll_call(job: str, world_size: int, present: Sequence[WorkerRecord], timeout_s: float) -> str:
