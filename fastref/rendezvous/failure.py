@@ -21,7 +21,7 @@ from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["tell_coordinator", "tell_members"]
+__all__ = ["tell_coordinator", "tell_members", "tell_neighbours"]
 
 # How long a worker that cannot start looks for the coordinator, and how long it waits until it has been heard.
 _LOOK_S, _PAUSE_S = LINGER_S, 0.02
@@ -38,7 +38,6 @@ def tell_coordinator(
     cause: str,
     store: Store | None = None,
     count: int = 0,
-    as_visitor: bool = False,
 ) -> None:
     """Say that a worker cannot even ask for its seat: the coordinator tells everybody, and the job ends.
 
@@ -55,8 +54,6 @@ def tell_coordinator(
         As passed to ``join``, right or wrong.
     cause : str
         Why it cannot start.
-    as_visitor : bool
-        Even as rank 0 it looks for a coordinator: another process may have come to be it.
 
     Raises
     ------
@@ -75,27 +72,34 @@ def tell_coordinator(
     )
     cause = cause[:_MAX_CAUSE_CHARACTERS]
     # A store is hosted by rank 0; whoever does not know its rank is not the one.
-    coordinates = claimed_rank == 0 and not as_visitor
-    rank_at_store = 0 if coordinates else 1
+    rank_at_store = 1 if claimed_rank is None else claimed_rank
     deadline = time.monotonic() + _LOOK_S
     meeting, _store = open_meeting(
         listener.directory, init_method, rank_at_store, record.world_size, _LOOK_S, store, count
     )
-    if coordinates:
+    if claimed_rank == 0:
         sentence = sentences.could_not_start(job, record, record, cause)
         Coordinator(record, job, listener, meeting, _LOOK_S, deadline).turn_away(sentence)
         return
-    body = {
-        "magic": MAGIC,
-        "job": job,
-        "name": record.name,
-        "rank": -1 if claimed_rank is None else claimed_rank,
-        "cause": cause,
-    }
+    body = _failure(record.name, -1 if claimed_rank is None else claimed_rank, job, cause)
     while not _tell_open_coordinators(meeting, body):
         if time.monotonic() >= deadline:
             raise RendezvousError(f"no coordinator of job {job!r} within {_LOOK_S:g} s")
         time.sleep(_PAUSE_S)
+
+
+def tell_neighbours(record: WorkerRecord, listener: Listener, job: str, cause: str) -> None:
+    """Say to whoever coordinates a job of this name on this host that rank 0 got no store to coordinate by.
+
+    Another rank 0 may host the store in its place. It is not asked for there: what listens at a port that is
+    taken may be anything, and the client of a store waits for its answer for ever.
+    """
+    body = _failure(_presentable(record.name), record.rank, job, cause[:_MAX_CAUSE_CHARACTERS])
+    told = []
+    for path in listener.directory.glob("*.sock"):
+        if path != listener.path and (connection := _tell(str(path), JOIN_FAILED, body)) is not None:
+            told.append(connection)
+    _wait_until_heard(told, _HEARD_S)
 
 
 def tell_members(
@@ -115,21 +119,25 @@ def tell_members(
         How long to wait until all have read it, in seconds: nobody hears a process that has ended.
     """
     body = {"magic": MAGIC, "record": record.to_fields(), "sentence": sentence[:_MAX_CAUSE_CHARACTERS]}
-    told = [_tell(member, LINK_FAILED, body) for member in members if member.rank != record.rank]
+    told = [_tell(member.address, LINK_FAILED, body) for member in members if member.rank != record.rank]
     _wait_until_heard([connection for connection in told if connection is not None], heard_s)
 
 
 def _tell_open_coordinators(meeting: Meeting, body: dict[str, Any]) -> bool:
     records = [announcement.record for announcement in meeting.look() if announcement.is_open]
-    told = [connection for record in records if (connection := _tell(record, JOIN_FAILED, body)) is not None]
+    told = [connection for record in records if (connection := _tell(record.address, JOIN_FAILED, body)) is not None]
     _wait_until_heard(told, _HEARD_S)
     return bool(told)
 
 
-def _tell(worker: WorkerRecord, kind: str, body: dict[str, Any]) -> Connection | None:
+def _failure(name: str, rank: int, job: str, cause: str) -> dict[str, Any]:
+    return {"magic": MAGIC, "job": job, "name": name, "rank": rank, "cause": cause}
+
+
+def _tell(address: str, kind: str, body: dict[str, Any]) -> Connection | None:
     """Return the connection over which a worker was told, None when it has died or left and waits for nobody."""
     try:
-        connection = connect(worker.address)
+        connection = connect(address)
     except ConnectionError:
         return None
     try:

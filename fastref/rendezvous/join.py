@@ -12,7 +12,7 @@ from fastref.errors import ProtocolError, RendezvousError, UsageError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, RETURN_GRACE_S, Coordinator, join_hello
-from fastref.rendezvous.failure import tell_coordinator
+from fastref.rendezvous.failure import tell_neighbours
 from fastref.rendezvous.fields import read_integer, read_list, read_text
 from fastref.rendezvous.links import CLOSED, Listener, refusal_of
 from fastref.rendezvous.meeting import Announcement, Meeting, open_meeting
@@ -122,12 +122,7 @@ def join(
         )
     except RendezvousError as error:
         if rank == 0:
-            # Another rank 0 may host the store at this very port, and its workers would wait for one more.
-            try:
-                cause = f"RendezvousError: {error}"
-                tell_coordinator(record, listener, init_method, rank, world_size, cause, count=count, as_visitor=True)
-            except (OSError, RuntimeError) as trouble:
-                error.add_note(f"No other worker could be told: {trouble}")
+            tell_neighbours(dataclasses.replace(record, rank=0), listener, job, f"RendezvousError: {error}")
         raise
     record = dataclasses.replace(record, rank=rank, world_size=world_size)
 
