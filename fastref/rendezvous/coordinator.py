@@ -14,6 +14,7 @@ from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.fields import read_integer, read_object, read_text
 from fastref.rendezvous.links import (
     CLOSED,
+    HEARD,
     JOIN_FAILED,
     MAGIC,
     Listener,
@@ -186,7 +187,7 @@ class Coordinator:
         cause = read_text(message.body, "cause")
         self._fail(sentences.could_not_start(self._job, describe(fields), self._record, cause))
         self._told_ranks.add(rank)
-        self._drop(visitor, self._sentence)
+        self._drop(visitor, HEARD)
 
     def _seat(self, visitor: Connection, record: WorkerRecord) -> None:
         self._forget(visitor)

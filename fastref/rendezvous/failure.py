@@ -13,8 +13,8 @@ from fastref.errors import RendezvousError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, connect
 from fastref.rendezvous.coordinator import LINGER_S, Coordinator
-from fastref.rendezvous.links import JOIN_FAILED, LINK_FAILED, MAGIC, Listener
-from fastref.rendezvous.meeting import Meeting, open_meeting
+from fastref.rendezvous.links import HEARD, JOIN_FAILED, LINK_FAILED, MAGIC, Listener, refusal_of
+from fastref.rendezvous.meeting import open_meeting
 from fastref.rendezvous.methods import claimed_numbers, job_name
 from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["tell_coordinator", "tell_members", "tell_neighbours"]
 
 # How long a worker that cannot start looks for the coordinator, and how long it waits until it has been heard.
-_LOOK_S, _PAUSE_S = LINGER_S, 0.02
-_HEARD_S = 1.0
+_LOOK_S, _PAUSE_S = LINGER_S, 0.05
+_HEARD_S, _ANSWER_S = 1.0, 0.25
 _MAX_CAUSE_CHARACTERS = 2000
 
 
@@ -71,35 +71,29 @@ def tell_coordinator(
         world_size=min(claimed_size or MAX_WORLD_SIZE, MAX_WORLD_SIZE),
     )
     cause = cause[:_MAX_CAUSE_CHARACTERS]
-    # A store is hosted by rank 0; whoever does not know its rank is not the one.
-    rank_at_store = 1 if claimed_rank is None else claimed_rank
-    deadline = time.monotonic() + _LOOK_S
-    meeting, _store = open_meeting(
-        listener.directory, init_method, rank_at_store, record.world_size, _LOOK_S, store, count
-    )
     if claimed_rank == 0:
+        meeting, _store = open_meeting(listener.directory, init_method, 0, record.world_size, _LOOK_S, store, count)
         sentence = sentences.could_not_start(job, record, record, cause)
-        Coordinator(record, job, listener, meeting, _LOOK_S, deadline).turn_away(sentence)
+        Coordinator(record, job, listener, meeting, _LOOK_S, time.monotonic() + _LOOK_S).turn_away(sentence)
         return
-    body = _failure(record.name, -1 if claimed_rank is None else claimed_rank, job, cause)
-    while not _tell_open_coordinators(meeting, body):
+    deadline = time.monotonic() + _LOOK_S
+    rank = -1 if claimed_rank is None else claimed_rank
+    while not tell_neighbours(record.name, rank, listener, job, cause):
         if time.monotonic() >= deadline:
             raise RendezvousError(f"no coordinator of job {job!r} within {_LOOK_S:g} s")
         time.sleep(_PAUSE_S)
 
 
-def tell_neighbours(record: WorkerRecord, listener: Listener, job: str, cause: str) -> None:
-    """Say to whoever coordinates a job of this name on this host that rank 0 got no store to coordinate by.
+def tell_neighbours(name: str, rank: int, listener: Listener, job: str, cause: str) -> bool:
+    """Say to all who wait for a job of this name on this host that a worker cannot start; whether one coordinates it.
 
-    Another rank 0 may host the store in its place. It is not asked for there: what listens at a port that is
-    taken may be anything, and the client of a store waits for its answer for ever.
+    They are found in the directory where all listen, by whatever method they meet: a store may not be there, and
+    what listens at its port may be anything, for whose answer the client of a store would wait for ever.
     """
-    body = _failure(_presentable(record.name), record.rank, job, cause[:_MAX_CAUSE_CHARACTERS])
-    told = []
-    for path in listener.directory.glob("*.sock"):
-        if path != listener.path and (connection := _tell(str(path), JOIN_FAILED, body)) is not None:
-            told.append(connection)
-    _wait_until_heard(told, _HEARD_S)
+    body = {"magic": MAGIC, "job": job, "name": name, "rank": rank, "cause": cause[:_MAX_CAUSE_CHARACTERS]}
+    told = [_tell(str(path), JOIN_FAILED, body) for path in listener.directory.glob("*.sock") if path != listener.path]
+    answers = _wait_until_heard([connection for connection in told if connection is not None], _ANSWER_S)
+    return HEARD in answers
 
 
 def tell_members(
@@ -123,17 +117,6 @@ def tell_members(
     _wait_until_heard([connection for connection in told if connection is not None], heard_s)
 
 
-def _tell_open_coordinators(meeting: Meeting, body: dict[str, Any]) -> bool:
-    records = [announcement.record for announcement in meeting.look() if announcement.is_open]
-    told = [connection for record in records if (connection := _tell(record.address, JOIN_FAILED, body)) is not None]
-    _wait_until_heard(told, _HEARD_S)
-    return bool(told)
-
-
-def _failure(name: str, rank: int, job: str, cause: str) -> dict[str, Any]:
-    return {"magic": MAGIC, "job": job, "name": name, "rank": rank, "cause": cause}
-
-
 def _tell(address: str, kind: str, body: dict[str, Any]) -> Connection | None:
     """Return the connection over which a worker was told, None when it has died or left and waits for nobody."""
     try:
@@ -148,16 +131,20 @@ def _tell(address: str, kind: str, body: dict[str, Any]) -> Connection | None:
     return connection
 
 
-def _wait_until_heard(told: Sequence[Connection], heard_s: float) -> None:
-    """Wait until the others have hung up, or answered."""
+def _wait_until_heard(told: Sequence[Connection], heard_s: float) -> list[str]:
+    """Wait until the others have hung up or answered, and return the answers."""
     deadline = time.monotonic() + heard_s
+    answers = []
     for connection in told:
-        # Who is stopped, or busy with an end of its own, reads it later or never.
+        # Who is stopped, waits for another itself, or is busy with an end of its own reads it later or never.
         with contextlib.suppress(TimeoutError, ConnectionError):
             message = connection.wait_message(deadline)
             if message is not None:
                 message.close()
+                if message.kind == "refused":
+                    answers.append(refusal_of(message))
         connection.close()
+    return answers
 
 
 def _presentable(name: object) -> str:

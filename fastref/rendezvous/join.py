@@ -122,7 +122,8 @@ def join(
         )
     except RendezvousError as error:
         if rank == 0:
-            tell_neighbours(dataclasses.replace(record, rank=0), listener, job, f"RendezvousError: {error}")
+            # Another rank 0 may host one at this very port, and those who meet there would wait for one more.
+            tell_neighbours(record.name, 0, listener, job, f"RendezvousError: {error}")
         raise
     record = dataclasses.replace(record, rank=rank, world_size=world_size)
 

@@ -17,6 +17,7 @@ from fastref.segments.rundir import make_private_directory
 
 __all__ = [
     "CLOSED",
+    "HEARD",
     "JOIN_FAILED",
     "LINK_FAILED",
     "Link",
@@ -31,6 +32,8 @@ __all__ = [
 MAGIC = "fastref"
 CLOSED = "closed"
 """The refusal that means: not now, perhaps later."""
+HEARD = "heard"
+"""The refusal that means: you cannot start, and everybody is told."""
 JOIN_FAILED, LINK_FAILED = "join-failed", "link-failed"
 """What a worker that cannot start says: to the coordinator before the members are known, to every member then."""
 
