@@ -11,18 +11,31 @@ from typing import Any
 from fastref.errors import ProtocolError, RendezvousError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, Message, connect
-from fastref.rendezvous.fields import read_object, read_text
-from fastref.rendezvous.links import CLOSED, MAGIC, Listener, check_same_build, refusal_of, refuse
+from fastref.rendezvous.fields import read_integer, read_object, read_text
+from fastref.rendezvous.links import (
+    CLOSED,
+    HEARD,
+    JOIN_FAILED,
+    MAGIC,
+    Listener,
+    check_same_build,
+    refusal_of,
+    refuse,
+)
 from fastref.rendezvous.meeting import Meeting
-from fastref.rendezvous.records import WorkerRecord
+from fastref.rendezvous.records import WorkerRecord, describe
 
-__all__ = ["RECORDS_PER_MESSAGE", "Coordinator", "join_hello"]
+__all__ = ["LINGER_S", "RECORDS_PER_MESSAGE", "RETURN_GRACE_S", "Coordinator", "join_hello"]
 
 RECORDS_PER_MESSAGE = 64
 """A record may take some hundred bytes, and a message has a bound."""
 
 # After a mistake, how long workers that are still on their way are awaited, to tell them too.
 LINGER_S = 3.0
+# How long the place of a worker that died or left while it waited is kept for another. What remains of the time
+# in which everybody is to be told is then for those who are still on their way.
+RETURN_GRACE_S = 2.5
+_LAST_CALL_S = 1.0
 # How long another coordinator of a full job is given to end before it counts as a second job of that name.
 RIVAL_GRACE_S = 2.0
 _RIVAL_RETRY_S = 0.05
@@ -33,8 +46,9 @@ class Coordinator:
     """Seats the workers of one job.
 
     Rule 1: everybody who said hello is told the same: the members, or one sentence.
-    Rule 2: a worker that dies or leaves while it waits is forgotten; its rank and name are free again.
-    Rule 3: nonsense from a visitor is answered to that visitor and disturbs nobody else.
+    Rule 2: the rank and name of a worker that dies or leaves while it waits are free again, for a while.
+    Rule 3: a worker that cannot start says why, and everybody is told.
+    Rule 4: nonsense from a visitor is answered to that visitor and disturbs nobody else.
     """
 
     def __init__(
@@ -48,6 +62,7 @@ class Coordinator:
         self._deadline = deadline
         self._selector = selectors.DefaultSelector()
         self._seats: dict[int, tuple[WorkerRecord, Connection]] = {}
+        self._deserters: dict[int, tuple[WorkerRecord, float]] = {}
         self._visitors: set[Connection] = set()
         self._rivals: dict[str, WorkerRecord] = {}
         self._rival_calls: dict[str, Connection] = {}
@@ -67,11 +82,7 @@ class Coordinator:
             Something is wrong, or the deadline has passed; everybody who came has been told why.
         """
         try:
-            self._on(self._listener.fileno(), self._greet_visitors)
-            self._meeting.announce(self._record)
-            self._find_rivals()
-            self._rival_deadline = time.monotonic() + RIVAL_GRACE_S
-            self._call_rivals(time.monotonic())
+            self._open()
             while len(self._seats) + 1 < self._record.world_size or self._rivals:
                 self._wait(self._deadline)
                 if self._sentence is None:
@@ -88,6 +99,23 @@ class Coordinator:
             raise
         finally:
             self._close()
+
+    def turn_away(self, sentence: str) -> None:
+        """Tell everybody who comes that there will be no job and why, as long as somebody may be on the way."""
+        self._sentence = sentence
+        try:
+            self._open()
+            self._linger()
+        finally:
+            self._meeting.withdraw(self._record)
+            self._close()
+
+    def _open(self) -> None:
+        self._on(self._listener.fileno(), self._greet_visitors)
+        self._meeting.announce(self._record)
+        self._find_rivals()
+        self._rival_deadline = time.monotonic() + RIVAL_GRACE_S
+        self._call_rivals(time.monotonic())
 
     def _wait(self, deadline: float) -> None:
         left_s = max(0.0, deadline - time.monotonic())
@@ -107,6 +135,16 @@ class Coordinator:
             self._fail(self._roll_call())
         elif self._rivals and now >= self._rival_retry:
             self._call_rivals(now)
+        else:
+            self._look_for_deserters(now)
+
+    def _look_for_deserters(self, now: float) -> None:
+        for gone, left_at in self._deserters.values():
+            if now >= left_at + RETURN_GRACE_S:
+                self._linger_s = _LAST_CALL_S
+                self._told_ranks.add(gone.rank)
+                self._fail(sentences.deserted(self._job, gone, self._record, RETURN_GRACE_S))
+                return
 
     # Seats
 
@@ -126,6 +164,9 @@ class Coordinator:
             return
         message.close()
         try:
+            if message.kind == JOIN_FAILED:
+                self._hear_failure(visitor, message)
+                return
             record = self._examine(visitor, message)
         except ProtocolError as error:
             self._drop(visitor, str(error))
@@ -138,11 +179,22 @@ class Coordinator:
             else:
                 self._seat(visitor, record)
 
+    def _hear_failure(self, visitor: Connection, message: Message) -> None:
+        if read_text(message.body, "magic") != MAGIC or read_text(message.body, "job") != self._job:
+            raise ProtocolError("a worker of another job cannot start")
+        rank = read_integer(message.body, "rank", least=-1)
+        fields = {"name": read_text(message.body, "name"), "rank": "unknown" if rank < 0 else rank, "pid": visitor.pid}
+        cause = read_text(message.body, "cause")
+        self._fail(sentences.could_not_start(self._job, describe(fields), self._record, cause))
+        self._told_ranks.add(rank)
+        self._drop(visitor, HEARD)
+
     def _seat(self, visitor: Connection, record: WorkerRecord) -> None:
         self._forget(visitor)
+        self._deserters.pop(record.rank, None)
         self._seats[record.rank] = (record, visitor)
         self._on(visitor.fileno(), functools.partial(self._read_seated, record))
-        self._on(visitor.pidfd, functools.partial(self._vacate, record.rank))
+        self._on(visitor.pidfd, functools.partial(self._desert, record.rank))
 
     def _examine(self, visitor: Connection, message: Message) -> WorkerRecord:
         """Return the record of a worker that may have the seat it wants.
@@ -175,7 +227,7 @@ class Coordinator:
             if record.rank == rank or record.name == seated.name:
                 # The end of a worker and its successor may arrive in one batch of events, in any order.
                 if connection.is_gone():
-                    self._vacate(rank)
+                    self._desert(rank)
                     continue
                 raise RendezvousError(sentences.duplicate(self._job, record, seated))
         if record.rank == mine.rank or record.name == mine.name:
@@ -186,15 +238,20 @@ class Coordinator:
         try:
             message = connection.receive_message()
         except ProtocolError as error:
-            self._vacate(record.rank, str(error))
+            self._desert(record.rank, str(error))
             return
         if message is None:
-            self._vacate(record.rank)
+            self._desert(record.rank)
         elif message.kind == "join-leave":
-            self._vacate(record.rank, self._roll_call())
+            self._desert(record.rank, self._roll_call())
         else:
             message.close()
-            self._vacate(record.rank, f"expected a join-leave, got {message.kind!r}")
+            self._desert(record.rank, f"expected a join-leave, got {message.kind!r}")
+
+    def _desert(self, rank: int, sentence: str | None = None) -> None:
+        """Free the seat of a worker that gave it up, and remember who had it until another has."""
+        self._deserters[rank] = (self._seats[rank][0], time.monotonic())
+        self._vacate(rank, sentence)
 
     def _vacate(self, rank: int, sentence: str | None = None) -> None:
         _, connection = self._seats.pop(rank)

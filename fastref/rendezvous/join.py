@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from fastref.errors import ProtocolError, RendezvousError, UsageError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, Message, connect
-from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, Coordinator, join_hello
+from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, RETURN_GRACE_S, Coordinator, join_hello
+from fastref.rendezvous.failure import tell_neighbours
 from fastref.rendezvous.fields import read_integer, read_list, read_text
 from fastref.rendezvous.links import CLOSED, Listener, refusal_of
-from fastref.rendezvous.meeting import LocalMeeting, Meeting, StoreMeeting
-from fastref.rendezvous.methods import LOCAL, job_name, open_store, resolve_rank, scheme_of
+from fastref.rendezvous.meeting import Announcement, Meeting, open_meeting
+from fastref.rendezvous.methods import job_name, resolve_rank
 from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.02
 _LAST_WORD_S = 0.5
 # A worker with an impossible rank tries to tell the coordinator; see join.
 _TELL_S = 3.0
+# How long a job that has all its workers is given to end before it counts as one that goes on, and how often
+# its coordinator is asked whether it lives.
+_FULL_GRACE_S = 3.0
+_FULL_RETRY_S = 0.25
 
 
 class Membership:
@@ -111,15 +116,15 @@ def join(
     if world_size > MAX_WORLD_SIZE:
         raise UsageError(f"a job has at most {MAX_WORLD_SIZE} workers, not {world_size}")
     job = job_name(init_method)
-    if scheme_of(init_method) == LOCAL and store is None:
-        meeting: Meeting = LocalMeeting(listener.directory)
-    else:
-        if store is None:
-            store = open_store(init_method, rank, world_size, timeout_s or math.inf)
-        if rank < 0:
-            raise UsageError("a job over a store of one's own needs a rank of 0 or more")
-        store = _prefixed(store, count)
-        meeting = StoreMeeting(store)
+    try:
+        meeting, store = open_meeting(
+            listener.directory, init_method, rank, world_size, timeout_s or math.inf, store, count
+        )
+    except RendezvousError as error:
+        if rank == 0:
+            # Another rank 0 may host one at this very port, and those who meet there would wait for one more.
+            tell_neighbours(record.name, 0, listener, job, f"RendezvousError: {error}")
+        raise
     record = dataclasses.replace(record, rank=rank, world_size=world_size)
 
     if rank == 0:
@@ -146,15 +151,20 @@ class _Applicant:
         self._timeout_s = timeout_s
         self._deadline = deadline
         self._last_seen = "rank 0, which coordinates, is missing"
+        self._lost: WorkerRecord | None = None
+        self._lost_at = math.inf
+        self._full_since: dict[str, float] = {}
+        self._full_retry = 0.0
 
     def run(self) -> tuple[WorkerRecord, ...]:
         """Look for a coordinator that is alive and open until there is one or the time is up."""
         pause_s = _FIRST_PAUSE_S
         while time.monotonic() < self._deadline:
-            for announcement in self._meeting.look():
+            for announcement in self._look():
                 coordinator = announcement.record
                 if not announcement.is_open:
                     self._last_seen = f"coordinator {coordinator} has all its workers already"
+                    self._check_full(coordinator)
                     continue
                 members = self._ask(coordinator)
                 if members is not None:
@@ -165,15 +175,41 @@ class _Applicant:
                     self._meeting.complain(sentence)
                     raise RendezvousError(sentence)
                 pause_s = _FIRST_PAUSE_S
-            complaint = self._meeting.complaint()
-            if complaint is not None:
-                raise RendezvousError(complaint)
+            if self._lost is not None and time.monotonic() >= self._lost_at + RETURN_GRACE_S:
+                raise RendezvousError(sentences.deserted(self._job, self._lost, self._record, RETURN_GRACE_S))
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
         raise RendezvousError(
             f"worker {self._record} waited {self._timeout_s:g} s for the {self._record.world_size} workers of job "
             f"{self._job!r}: {self._last_seen}"
         )
+
+    def _look(self) -> list[Announcement]:
+        """Return who coordinates, or raise what somebody who could not reach the coordinator has left."""
+        try:
+            complaint, announcements = self._meeting.complaint(), self._meeting.look()
+        except RendezvousError as error:
+            if self._lost is None:
+                raise
+            # The coordinator may have hosted the store, and the store's own words do not say that it died.
+            raise RendezvousError(sentences.orphaned(self._job, self._lost, self._record, error)) from error
+        if complaint is not None:
+            raise RendezvousError(complaint)
+        return announcements
+
+    def _check_full(self, coordinator: WorkerRecord) -> None:
+        """Refuse to wait for the end of a job that goes on: the program that is running is not this one."""
+        now = time.monotonic()
+        if now < self._full_retry:
+            return
+        self._full_retry = now + _FULL_RETRY_S
+        try:
+            connect(coordinator.address).close()
+        except ConnectionError:
+            self._full_since.pop(coordinator.instance, None)  # it ended, and its announcement outlived it
+            return
+        if now >= self._full_since.setdefault(coordinator.instance, now) + _FULL_GRACE_S:
+            raise RendezvousError(sentences.full(self._job, self._record, coordinator))
 
     def _ask(self, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
         """Ask for the seat and wait for the answer; None when this coordinator is not or no longer there."""
@@ -182,29 +218,31 @@ class _Applicant:
         except ConnectionError:
             self._last_seen = f"coordinator {coordinator} is dead"
             return None
+        self._lost, self._lost_at = None, math.inf
         try:
             connection.send_message("join-hello", join_hello(self._record, self._job))
-            members = self._receive_members(connection, coordinator)
+            return self._receive_members(connection, coordinator)
         except ConnectionError:
-            members = None
+            # Another may come in its place, and soon: the job cannot wait for it as for one that never came.
+            self._lost, self._lost_at = coordinator, time.monotonic()
+            self._last_seen = f"coordinator {coordinator} died or left"
+            return None
         except TimeoutError:
             raise RendezvousError(self._ask_who_is_missing(connection, coordinator)) from None
         finally:
             connection.close()
-        if members is None:
-            self._last_seen = f"coordinator {coordinator} died or left"
-        return members
 
     def _receive_members(self, connection: Connection, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
         members: list[WorkerRecord] = []
         while len(members) < self._record.world_size:
             message = connection.wait_message(self._deadline)
             if message is None:
-                return None
+                raise ConnectionResetError(f"coordinator {coordinator} hung up")
             message.close()
             if message.kind == "refused":
                 sentence = refusal_of(message)
                 if sentence == CLOSED:
+                    self._last_seen = f"coordinator {coordinator} has all its workers already"
                     return None
                 raise RendezvousError(sentence)
             members += self._read_members(message, len(members), coordinator)
@@ -246,9 +284,3 @@ class _Applicant:
             f"worker {self._record} waited {self._timeout_s:g} s for the {self._record.world_size} workers of job "
             f"{self._job!r}; coordinator {coordinator} did not say which ranks are missing"
         )
-
-
-def _prefixed(store: Store, count: int) -> Store:
-    from torch.distributed.distributed_c10d import PrefixStore
-
-    return PrefixStore(f"rpc_prefix_{count}", store)

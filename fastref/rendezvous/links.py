@@ -15,11 +15,27 @@ from fastref.rendezvous.fields import read_integer, read_object, read_text
 from fastref.rendezvous.records import WorkerRecord, describe
 from fastref.segments.rundir import make_private_directory
 
-__all__ = ["CLOSED", "Link", "Listener", "Segments", "check_same_build", "read_link_hello", "refuse", "refusal_of"]
+__all__ = [
+    "CLOSED",
+    "HEARD",
+    "JOIN_FAILED",
+    "LINK_FAILED",
+    "Link",
+    "Listener",
+    "Segments",
+    "check_same_build",
+    "read_link_hello",
+    "refusal_of",
+    "refuse",
+]
 
 MAGIC = "fastref"
 CLOSED = "closed"
 """The refusal that means: not now, perhaps later."""
+HEARD = "heard"
+"""The refusal that means: you cannot start, and everybody is told."""
+JOIN_FAILED, LINK_FAILED = "join-failed", "link-failed"
+"""What a worker that cannot start says: to the coordinator before the members are known, to every member then."""
 
 Segments = Mapping[str, tuple[int, int]]
 """Label -> (descriptor, size in bytes)."""

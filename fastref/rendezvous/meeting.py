@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastref.errors import RendezvousError
+from fastref.errors import RendezvousError, UsageError
 from fastref.rendezvous.fields import parse_object, read_integer, read_object
+from fastref.rendezvous.methods import LOCAL, open_store, scheme_of
 from fastref.rendezvous.records import WorkerRecord
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["Announcement", "LocalMeeting", "Meeting", "StoreMeeting"]
+__all__ = ["Announcement", "LocalMeeting", "Meeting", "StoreMeeting", "open_meeting"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,40 @@ class StoreMeeting:
             self._store.compare_set(self._COORDINATOR, expected.decode(), announcement.to_json().decode())
         except RuntimeError as error:
             raise _store_failed(error) from error
+
+
+def open_meeting(
+    directory: Path, init_method: str, rank: int, world_size: int, timeout_s: float, store: Store | None, count: int
+) -> tuple[Meeting, Store | None]:
+    """Return where the workers of a job meet, and the c10d store behind it if there is one.
+
+    Parameters
+    ----------
+    directory : Path
+        The job directory, where ``local://`` jobs meet.
+    init_method, rank, world_size, store, count
+        As ``join``; rank 0 may come to host the store.
+    timeout_s : float
+        How long the store may take to be there, in seconds; may be infinite.
+
+    Raises
+    ------
+    RendezvousError, UsageError, ValueError
+        As ``open_store``; the rank is missing.
+    """
+    if scheme_of(init_method) == LOCAL and store is None:
+        return LocalMeeting(directory), None
+    if store is None:
+        store = open_store(init_method, rank, world_size, timeout_s)
+    if rank < 0:
+        raise UsageError("a job over a store of one's own needs a rank of 0 or more")
+    return StoreMeeting(_prefixed(store, count)), store
+
+
+def _prefixed(store: Store, count: int) -> Store:
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    return PrefixStore(f"rpc_prefix_{count}", store)
 
 
 def _store_failed(error: RuntimeError) -> RendezvousError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import selectors
 import time
@@ -11,12 +12,26 @@ from collections.abc import Callable, Sequence
 from fastref._core import failpoint
 from fastref.errors import ProtocolError, RendezvousError, WorkerDied
 from fastref.rendezvous.connection import Connection, Message, connect
-from fastref.rendezvous.links import CLOSED, Link, Listener, Segments, check_same_build, read_link_hello, refuse
+from fastref.rendezvous.fields import read_object, read_text
+from fastref.rendezvous.links import (
+    CLOSED,
+    LINK_FAILED,
+    MAGIC,
+    Link,
+    Listener,
+    Segments,
+    check_same_build,
+    read_link_hello,
+    refusal_of,
+    refuse,
+)
 from fastref.rendezvous.records import WorkerRecord
 
 __all__ = ["link_all"]
 
 _LONGEST_WAIT_S = 3600.0
+# Who gives up tells all members why before it closes anything; but the end of one who was told may be seen first.
+_REASON_GRACE_S = 0.5
 
 
 def link_all(
@@ -52,7 +67,7 @@ def link_all(
     WorkerDied
         A member ended before all links were made.
     RendezvousError
-        A member refused, or did not come before the deadline.
+        A member refused, could not start, or did not come before the deadline.
     """
     with selectors.DefaultSelector() as selector:
         mesh = _Mesh(record, members, listener, segments_for, selector)
@@ -87,6 +102,9 @@ class _Mesh:
         self._asked: dict[int, Link] = {}
         self._visitors: set[Connection] = set()
         self._pidfds: list[int] = []
+        self._failure: str | None = None
+        self._loss: WorkerDied | None = None
+        self._loss_deadline = math.inf
         self._on(listener.fileno(), self._greet_visitors)
 
     def watch_members(self) -> None:
@@ -95,9 +113,10 @@ class _Mesh:
             try:
                 pidfd = os.pidfd_open(member.pid)
             except ProcessLookupError:
-                raise _died(member) from None
+                self._lose(_died(member))
+                continue
             self._pidfds.append(pidfd)
-            self._on(pidfd, functools.partial(_raise, _died(member)))
+            self._on(pidfd, functools.partial(self._see_end, pidfd, member))
 
     def ask_lower_ranks(self) -> None:
         """Connect and say hello to all of them before waiting for any."""
@@ -105,16 +124,24 @@ class _Mesh:
             try:
                 link = Link(connect(member.address), member)
             except ConnectionError as error:
-                raise WorkerDied(member.name, member.rank, member.pid, str(error)) from error
+                self._lose(WorkerDied(member.name, member.rank, member.pid, str(error)))
+                continue
             self._asked[member.rank] = link
-            link.send_hello(self._record, self._segments_for(member))
+            try:
+                link.send_hello(self._record, self._segments_for(member))
+            except WorkerDied as error:
+                self._lose(error)
+                continue
             failpoint("segment.announced")
             self._on(link.fileno(), functools.partial(self._read_welcome, link))
 
     def run(self, deadline: float) -> dict[int, Link]:
         """Wait until every link is there."""
-        while len(self._links) < len(self._members) - 1:
-            left_s = deadline - time.monotonic()
+        while self._loss is not None or len(self._links) < len(self._members) - 1:
+            now = time.monotonic()
+            if self._loss is not None and now >= self._loss_deadline:
+                raise self._loss
+            left_s = min(deadline, self._loss_deadline) - now
             if left_s <= 0:
                 missing = ", ".join(str(m) for m in self._others() if m.rank not in self._links)
                 raise RendezvousError(f"worker {self._record} got no link in time to: {missing}")
@@ -122,6 +149,8 @@ class _Mesh:
                 # An earlier event of this batch may have closed it, and its number may be that of another by now.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
+            if self._failure is not None:
+                raise RendezvousError(self._failure)
         return self._links
 
     def close_links(self) -> None:
@@ -150,6 +179,10 @@ class _Mesh:
             if message is None:
                 visitor.close()
                 return
+            if message.kind == LINK_FAILED:
+                self._failure = self._read_failure(visitor, message)
+                visitor.close()
+                return
             link = self._admit(visitor, message)
         except (ProtocolError, RendezvousError) as error:
             # A stranger or a latecomer: it is told, and the members do not wait for it.
@@ -158,8 +191,21 @@ class _Mesh:
             refuse(visitor, CLOSED if message is not None and message.kind == "join-hello" else str(error))
             return
         self._links[link.record.rank] = link
-        link.send_welcome(self._record, self._segments_for(link.record))
+        try:
+            link.send_welcome(self._record, self._segments_for(link.record))
+        except WorkerDied as error:
+            self._lose(error)
         failpoint("segment.announced")
+
+    def _read_failure(self, visitor: Connection, message: Message) -> str:
+        """Return why a member gives up; a stranger cannot end a job by saying that he does."""
+        message.close()
+        if read_text(message.body, "magic") != MAGIC:
+            raise ProtocolError("field 'magic' is wrong")
+        record = WorkerRecord.from_fields(read_object(message.body, "record"))
+        if record not in self._members or record.pid != visitor.pid:
+            raise ProtocolError(f"worker {record} is no member of the job of worker {self._record}")
+        return read_text(message.body, "sentence")
 
     def _admit(self, visitor: Connection, message: Message) -> Link:
         if message.kind == "link-hello":
@@ -174,8 +220,10 @@ class _Mesh:
 
     def _read_welcome(self, link: Link) -> None:
         message = link.receive_message()
-        if message is None:
-            raise _died(link.record)
+        if message is None or (message.kind == "refused" and refusal_of(message) == CLOSED):
+            self._selector.unregister(link.fileno())
+            self._lose(_died(link.record))
+            return
         try:
             link.read_welcome(message, self._record)
         except BaseException:
@@ -183,6 +231,15 @@ class _Mesh:
             raise
         self._selector.unregister(link.fileno())
         self._links[link.record.rank] = self._asked.pop(link.record.rank)
+
+    def _see_end(self, pidfd: int, member: WorkerRecord) -> None:
+        self._selector.unregister(pidfd)
+        self._lose(_died(member))
+
+    def _lose(self, loss: WorkerDied) -> None:
+        """Give up, but look first whether a member has said why: its own end, or another's, is not the reason then."""
+        if self._loss is None:
+            self._loss, self._loss_deadline = loss, time.monotonic() + _REASON_GRACE_S
 
     def _others(self) -> list[WorkerRecord]:
         return [member for member in self._members if member.rank != self._record.rank]
@@ -193,7 +250,3 @@ class _Mesh:
 
 def _died(member: WorkerRecord) -> WorkerDied:
     return WorkerDied(member.name, member.rank, member.pid, "while the workers were being linked")
-
-
-def _raise(error: Exception) -> None:
-    raise error

@@ -12,7 +12,7 @@ from fastref.errors import RendezvousError, UsageError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["LOCAL", "check_numbers", "job_name", "open_store", "resolve_rank", "scheme_of"]
+__all__ = ["LOCAL", "check_numbers", "claimed_numbers", "job_name", "open_store", "resolve_rank", "scheme_of"]
 
 LOCAL = "local"
 _FROM_ENVIRONMENT = (LOCAL, "env")
@@ -55,6 +55,19 @@ def check_numbers(rank: Any, world_size: Any) -> None:
             raise UsageError(f"{what} is an integer, got {number!r}")
 
 
+def claimed_numbers(init_method: str, rank: Any, world_size: Any) -> tuple[int | None, int | None]:
+    """Return what can be made of rank and world size where ``resolve_rank`` may raise; None for what cannot be."""
+    settings = _settings(init_method)
+    numbers = []
+    for name, number, least in (("rank", rank, 0), ("world_size", world_size, 1)):
+        if number is None or (name == "rank" and number == -1):
+            text = settings[name] if settings.get(name, "").isdecimal() else "-1"
+            number = int(text)
+        usable = isinstance(number, int) and not isinstance(number, bool) and number >= least
+        numbers.append(number if usable else None)
+    return numbers[0], numbers[1]
+
+
 def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None) -> tuple[int, int]:
     """Return rank and world size, from the arguments or from where the init method has them.
 
@@ -69,10 +82,7 @@ def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None
     """
     check_numbers(rank, world_size)
     scheme = scheme_of(init_method)
-    if scheme in _FROM_ENVIRONMENT:
-        settings = {"rank": os.environ.get("RANK", ""), "world_size": os.environ.get("WORLD_SIZE", "")}
-    else:
-        settings = dict(parse_qsl(urlparse(init_method).query))
+    settings = _settings(init_method)
     if rank == -1:
         rank = _integer("rank", settings.get("rank") or "-1")
     if not world_size:
@@ -117,6 +127,13 @@ def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -
     except RuntimeError as error:
         raise RendezvousError(f"rank {rank} found no c10d store by {init_method}: {error}") from error
     return store
+
+
+def _settings(init_method: str) -> dict[str, str]:
+    """Return the texts from which rank and world size are read where the arguments lack them."""
+    if scheme_of(init_method) in _FROM_ENVIRONMENT:
+        return {"rank": os.environ.get("RANK", ""), "world_size": os.environ.get("WORLD_SIZE", "")}
+    return dict(parse_qsl(urlparse(init_method).query))
 
 
 def _integer(name: str, text: str) -> int:

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 
 from fastref.rendezvous.records import WorkerRecord
 
-__all__ = ["already_running", "duplicate", "other_host", "out_of_range", "roll_call", "world_sizes_differ"]
+__all__ = [
+    "already_running",
+    "could_not_start",
+    "deserted",
+    "duplicate",
+    "full",
+    "orphaned",
+    "other_host",
+    "out_of_range",
+    "roll_call",
+    "world_sizes_differ",
+]
 
 
 def duplicate(job: str, one: WorkerRecord, other: WorkerRecord) -> str:
@@ -41,6 +52,31 @@ def other_host(one: WorkerRecord, other: WorkerRecord) -> str:
 def already_running(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:
     """Return the sentence for a second coordinator of a job that has all its workers."""
     return f"job {job!r} runs already with coordinator {coordinator}; {worker} cannot start it a second time"
+
+
+def full(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:
+    """Return the sentence for a worker of a job that has all its workers and goes on."""
+    return f"job {job!r} runs already with coordinator {coordinator} and all its workers; {worker} cannot join it"
+
+
+def could_not_start(job: str, worker: object, coordinator: WorkerRecord, cause: str) -> str:
+    """Return the sentence for a worker that failed before it had its links; a worker without a record is described."""
+    if worker == coordinator:
+        return f"coordinator {coordinator} of job {job!r} could not start: {cause}"
+    return f"worker {worker} of job {job!r}, coordinator {coordinator}, could not start: {cause}"
+
+
+def deserted(job: str, gone: WorkerRecord, witness: WorkerRecord, grace_s: float) -> str:
+    """Return the sentence for a worker that came, died or left before the job was complete, and had no successor."""
+    return (
+        f"worker {gone} of job {job!r} died or left before all had come, and nobody took its place within "
+        f"{grace_s:g} s; worker {witness} gives up"
+    )
+
+
+def orphaned(job: str, gone: WorkerRecord, witness: WorkerRecord, trouble: object) -> str:
+    """Return the sentence for a coordinator that ended, and with it the place where another could announce itself."""
+    return f"worker {gone} of job {job!r} died or left before all had come; worker {witness} gives up: {trouble}"
 
 
 def roll_call(job: str, world_size: int, present: Sequence[WorkerRecord], timeout_s: float) -> str:

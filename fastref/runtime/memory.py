@@ -15,6 +15,7 @@ from fastref.rendezvous import Link
 from fastref.segments import (
     InstanceLock,
     allocate,
+    cannot_shrink,
     create_control,
     create_memfd,
     map_fd,
@@ -135,10 +136,17 @@ class OwnMemory:
 
 
 class PeerMemory:
-    """What a peer handed over, mapped: its bell and slots, its table, its arena, the ring in which we write to it."""
+    """What a peer handed over, mapped: its bell and slots, its table, its arena, the ring in which we write to it.
+
+    Raises
+    ------
+    ProtocolError
+        A segment is missing, is none, has not the size that the layout says, or could shrink; the layout is another.
+        Names the worker.
+    """
 
     def __init__(self, link: Link) -> None:
-        self.control = self._map(link, "control", True)
+        self.control = self._map(link, "control", True, SLOTS_OFFSET)
         header = bytes(memoryview(self.control)[: HEADER.size])  # read once; the peer can write here
         magic, layout, self.slot_count, self.capacity, self.bits = HEADER.unpack(header)
         if magic != MAGIC or layout != LAYOUT:
@@ -147,17 +155,25 @@ class PeerMemory:
             raise ProtocolError(f"the control segment of worker {link.record} claims {self.slot_count} response slots")
         if not 0 <= self.bits <= 61 or self.capacity % 64 or not 64 <= self.capacity <= 1 << 24:
             raise ProtocolError(f"worker {link.record} claims a table of {self.capacity} entries, {self.bits} bits")
-        self.hold = self._map(link, "hold", True)
-        self.descriptors = self._map(link, "descriptors", False)
-        self.arena = self._map(link, "arena", False)
-        self.ring = self._map(link, "ring", True)
+        hold_bytes, descriptor_bytes = table_sizes(self.capacity)
+        self.hold = self._map(link, "hold", True, hold_bytes)
+        self.descriptors = self._map(link, "descriptors", False, descriptor_bytes)
+        self.arena = self._map(link, "arena", False, 1)
+        self.ring = self._map(link, "ring", True, ring_bytes(RING_SIZE))
         failpoint("segment.mapped")
 
     @staticmethod
-    def _map(link: Link, label: str, writable: bool) -> Mapping:
+    def _map(link: Link, label: str, writable: bool, least_bytes: int) -> Mapping:
         fd, size_bytes = link.take(label)
         try:
+            if size_bytes < least_bytes:
+                raise ProtocolError(f"it has {size_bytes} bytes, {least_bytes} are needed")
+            # The control segment had a name, and what has one cannot be sealed.
+            if label != "control" and not cannot_shrink(fd):
+                raise ProtocolError("it is no memory file that keeps its size")
             return map_fd(fd, size_bytes, writable=writable)
+        except (ProtocolError, OSError) as error:
+            raise ProtocolError(f"the segment {label!r} of worker {link.record} is damaged: {error}") from error
         finally:
             os.close(fd)
 

@@ -23,7 +23,21 @@ from fastref.channels.slots import PeerSlots, ResponseSlots
 from fastref.codec import mainmodule
 from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, WorkerDied
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
-from fastref.rendezvous import Link, Listener, Membership, WorkerRecord, check_numbers, job_name, join, link_all
+from fastref.rendezvous import (
+    LINK_FAILED,
+    Link,
+    Listener,
+    Membership,
+    WorkerRecord,
+    check_numbers,
+    could_not_start,
+    job_name,
+    join,
+    link_all,
+    tell_coordinator,
+    tell_members,
+)
+from fastref.rendezvous.fields import read_text
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
 from fastref.runtime.monitor import PERIOD_S, Monitor
 from fastref.runtime.peer import Peer
@@ -72,8 +86,6 @@ class Runtime(RuleKeeper):
         count: int = 0,
         before_serving: Callable[[Runtime], None] = lambda runtime: None,
     ) -> None:
-        check_worker_name(name)
-        check_numbers(rank, world_size)
         self._before_serving = before_serving
         self.options = options
         self.bits = options.table_bits
@@ -84,13 +96,18 @@ class Runtime(RuleKeeper):
         self._membership: Membership | None = None
         self._listener: Listener | None = None
         self._memory: OwnMemory | None = None
+        self._failure: str | None = None  # why another worker gave up while this one waited for it to serve
         root = run_root()
         sweep(root)
         self._lock = InstanceLock(root)
         try:
             self._start(name, rank, world_size, store, count)
-        except BaseException:
-            self._release()
+        except BaseException as error:
+            try:
+                if isinstance(error, Exception):
+                    self._tell_others(error, name, rank, world_size, store, count)
+            finally:
+                self._release()
             raise
         _alive.add(self)
 
@@ -98,17 +115,16 @@ class Runtime(RuleKeeper):
         options = self.options
         deadline = time.monotonic() + options.rpc_timeout if options.rpc_timeout else math.inf
         directory = job_directory(run_root(), job_name(options.init_method))
+        # First of all: over it a worker that fails in what follows can be heard.
         self._listener = Listener(directory, self._lock.instance)
         failpoint("rendezvous.listening")
+        check_worker_name(name)
+        check_numbers(rank, world_size)
         self._memory = memory = OwnMemory(self._lock, options)
-        record = WorkerRecord(
-            name=name, rank=max(rank, 0), pid=os.getpid(), instance=self._lock.instance,
-            address=str(self._listener.path), world_size=world_size or 1, version=__version__, layout=LAYOUT,
-            bits=options.table_bits, host=host_identity(),
-        )  # fmt: skip
         self._membership = join(
-            record, self._listener, options.init_method, rank, world_size, options.rpc_timeout, store, count
-        )
+            self._describe(name), self._listener, options.init_method, rank, world_size, options.rpc_timeout, store,
+            count,
+        )  # fmt: skip
         failpoint("rendezvous.joined")
         record = self._membership.record
         inbox = Inbox(memory.bell)
@@ -118,7 +134,50 @@ class Runtime(RuleKeeper):
             Arena(memory.arena, memory.commit_arena), table, IdGenerator(record.rank), options.rpc_timeout,
             thread_cap=options.num_worker_threads,
         )  # fmt: skip
-        self._link_up(deadline)
+        try:
+            self._link_up(deadline)
+        except WorkerDied as error:
+            raise RendezvousError(f"worker {record} cannot start: {error}") from error
+
+    def _describe(self, name: str) -> WorkerRecord:
+        """Return what this worker tells others about itself; rank and world size are not known yet."""
+        assert self._listener is not None
+        return WorkerRecord(
+            name=name, rank=0, pid=os.getpid(), instance=self._lock.instance, address=str(self._listener.path),
+            world_size=1, version=__version__, layout=LAYOUT, bits=self.options.table_bits, host=host_identity(),
+        )  # fmt: skip
+
+    def _tell_others(
+        self, error: Exception, name: str, rank: int, world_size: int | None, store: Any, count: int
+    ) -> None:
+        """Say why this worker does not start to those who would wait for it."""
+        cause = f"{type(error).__name__}: {error}"
+        try:
+            if self._membership is not None:
+                self._tell_members(error, cause)
+            # What came of the meeting itself has been told there, also when it is raised as something else.
+            elif self._listener is not None and not isinstance(error, RendezvousError):
+                if not isinstance(error.__cause__, RendezvousError):
+                    record, method = self._describe(name), self.options.init_method
+                    tell_coordinator(record, self._listener, method, rank, world_size, cause, store, count)
+        except (OSError, RuntimeError, ValueError) as trouble:
+            error.add_note(f"The other workers could not be told: {trouble}")
+
+    def _tell_members(self, error: Exception, cause: str) -> None:
+        assert self._membership is not None
+        record, members = self._membership.record, self._membership.members
+        if isinstance(error, RendezvousError):
+            # All members have it from where this worker has it, and wait for an answer of nobody.
+            sentence, heard_s = str(error), 0.0
+        else:
+            job = job_name(self.options.init_method)
+            sentence, heard_s = could_not_start(job, record, members[0], cause), 1.0
+        for link in self._links.values():
+            try:
+                link.send_message(LINK_FAILED, {"sentence": sentence[:2000]})
+            except PeerError:
+                pass  # it has left, or died, before us
+        tell_members(record, members, sentence, heard_s)
 
     def _link_up(self, deadline: float) -> None:
         """Link to every other worker, start serving, and wait until all of them serve."""
@@ -170,6 +229,8 @@ class Runtime(RuleKeeper):
                     raise RendezvousError(f"workers {missing} have linked to {self.info} but do not serve")
 
     def _all_greeted(self) -> bool:
+        if self._failure is not None:
+            raise RendezvousError(self._failure)
         for peer in self.peers:
             if peer.rank != self.rank and not peer.greeted and peer.is_dead:
                 raise peer.died_error()
@@ -208,6 +269,10 @@ class Runtime(RuleKeeper):
             os.close(fd)
         if kind == "leaving":
             self.peers[rank].left = True
+        elif kind == LINK_FAILED:
+            with self._greeted:
+                self._failure = read_text(body, "sentence")
+                self._greeted.notify_all()
 
     def _on_link(self, link: Link) -> None:
         logger.warning("worker %s wants to link after all had linked; refused", link.record)

@@ -2,7 +2,7 @@
 
 from fastref.segments.control import ControlSegment, create_control
 from fastref.segments.identity import InstanceIdentity, host_identity
-from fastref.segments.memory import allocate, create_memfd, map_fd, seal
+from fastref.segments.memory import allocate, cannot_shrink, create_memfd, map_fd, seal
 from fastref.segments.rundir import InstanceLock, job_directory, run_root
 from fastref.segments.sweep import sweep
 
@@ -11,6 +11,7 @@ __all__ = [
     "InstanceIdentity",
     "InstanceLock",
     "allocate",
+    "cannot_shrink",
     "create_control",
     "create_memfd",
     "host_identity",

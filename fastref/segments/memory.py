@@ -11,7 +11,7 @@ from fastref.errors import ProtocolError, ResourceError, UsageError
 from fastref.segments.budget import check_available
 from fastref.segments.mapping import Mapping
 
-__all__ = ["allocate", "create_memfd", "map_fd", "seal"]
+__all__ = ["allocate", "cannot_shrink", "create_memfd", "map_fd", "seal"]
 
 # <linux/fcntl.h>; Python's fcntl has no name for it before 3.13. Linux 5.1.
 F_SEAL_FUTURE_WRITE = 0x10
@@ -96,6 +96,16 @@ def seal(fd: int, *, future_write: bool = False, shrink: bool = True, grow: bool
     if grow:
         seals |= fcntl.F_SEAL_GROW
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+
+
+def cannot_shrink(fd: int) -> bool:
+    """Return whether ``fd`` is a memory file that keeps at least its size: then every byte of it can be touched."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False  # no memory file at all
 
 
 def map_fd(fd: int, size_bytes: int, *, writable: bool) -> Mapping:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 import fastref.rpc as rpc
 from fastref.api import Session
-from fastref.errors import CallTimeout, FastrefError
+from fastref.errors import CallTimeout
 from tests import puppets
 from tests.gates.figures import full, percentile, tell
+from tests.misconfigured import CASES, check, free_port, play, prepared
 from tests.puppets import Ended, Troupe, troupe_fixture  # noqa: F401
 
 pytestmark = [pytest.mark.gates, pytest.mark.timeout(3600)]
@@ -22,47 +23,18 @@ TOLD_S = 5.0
 SHUTDOWN_S = 5.0
 GRACE_S = 1.0
 
-# Per case: the workers as (name, rank, world size, what else differs), and what every message says.
-MISCONFIGURED: dict[str, tuple[list[tuple[str, int, int, dict[str, Any]]], str]] = {
-    "same_name": ([("w0", 0, 2, {}), ("w0", 1, 2, {})], "w0"),
-    "same_name_of_users": ([("w0", 0, 3, {}), ("w1", 1, 3, {}), ("w1", 2, 3, {})], "w1"),
-    "same_rank": ([("w0", 0, 3, {}), ("w1", 1, 3, {}), ("w2", 1, 3, {})], "rank"),
-    "two_coordinators": ([("w0", 0, 2, {}), ("w1", 0, 2, {})], "w1"),
-    "larger_world": ([("w0", 0, 2, {}), ("w1", 1, 3, {})], "w1"),
-    "smaller_world": ([("w0", 0, 3, {}), ("w1", 1, 2, {})], "w1"),
-    "rank_beyond_world": ([("w0", 0, 2, {}), ("w1", 5, 2, {})], "rank"),
-    "other_version": ([("w0", 0, 2, {}), ("w1", 1, 2, {"version": "0.0.0"})], "0.0.0"),
-    "other_layout": ([("w0", 0, 2, {}), ("w1", 1, 2, {"layout": 99})], "99"),
-}
 
-
-def join_wrongly(name: str, rank: int, world_size: int, job: str, changes: dict[str, Any]) -> tuple[float, str]:
-    """Join and fail; how long it took and what was said."""
-    import fastref.runtime.runtime as module
-
-    if "version" in changes:
-        module.__version__ = changes["version"]
-    if "layout" in changes:
-        module.LAYOUT = changes["layout"]
-    started = time.monotonic()
-    try:
-        puppets.join_job(name, rank, world_size, job, {})
-    except FastrefError as error:
-        return time.monotonic() - started, str(error)
-    raise AssertionError("init_rpc accepted it")
-
-
-@pytest.mark.parametrize("case", MISCONFIGURED)
-def test_a_misconfigured_job_fails_everywhere_within_five_seconds(troupe: Troupe, case: str) -> None:
-    workers, expected = MISCONFIGURED[case]
-    crew = [troupe.hire(name) for name, *_ in workers]
-    for puppet, (name, rank, world_size, changes) in zip(crew, workers, strict=True):
-        puppet.order(join_wrongly, name, rank, world_size, troupe.job, changes)
-    outcomes = [puppet.outcome() for puppet in crew]
-    tell(f"misconfigured {case}", seconds=[round(seconds, 2) for seconds, _ in outcomes])
-    for seconds, sentence in outcomes:
-        assert seconds <= TOLD_S
-        assert expected in sentence
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name, case in CASES.items() for method in case.methods]
+)
+def test_a_misconfigured_job_fails_everywhere_within_five_seconds(
+    troupe: Troupe, tmp_path: Path, name: str, method: str
+) -> None:
+    case = prepared(CASES[name], tmp_path)
+    _, outcomes = play(troupe, case.parts, method, (troupe.job, free_port(), tmp_path))
+    seconds = check(case, outcomes)
+    tell(f"misconfigured {name} {method}", seconds=round(seconds, 2))
+    assert seconds <= TOLD_S
 
 
 def leave_in_some_way(seed: int) -> tuple[float, str]:
