@@ -449,3 +449,19 @@ def use_more_references_than_entries() -> None:
     for number in range(1000):
         assert rpc.remote("w1", work.echo, args=(number,)).to_here() == number
         assert rpc.rpc_sync("w1", work.look, args=(rpc.RRef(number),)) == (False, "w0", number)
+
+
+def test_a_full_table_is_named_by_who_waits_for_an_entry(start_job: Callable[..., Job]) -> None:
+    start_job(2, table_capacity=128).run(fill_the_table)
+
+
+def fill_the_table() -> None:
+    held = []
+    text = r"no free table entry \(all 128 entries of the reference table are in use\) on worker 'w1'"
+    with pytest.raises(CallTimeout, match=text):
+        while len(held) <= 128:
+            held.append(rpc.remote("w1", work.Counter, timeout=0.5))
+    assert len(held) > 64
+    assert [rref.rpc_sync().get() for rref in held] == [0] * len(held)
+    held.clear()
+    assert rpc.remote("w1", work.Counter).rpc_sync().get() == 0

@@ -29,6 +29,7 @@ cdef class Peer:
     cdef public dict callables          # number -> (module, qualname): what we know by its numbers
     cdef list credits
     cdef public bint credits_asked
+    cdef public str credits_refused     # why the peer opened none when last asked
     cdef public uint32_t credits_open   # entries of ours that are open for its remote() calls
     cdef public uint32_t credit_window
     cdef public dict children           # fork -> (holder, index): pinned until the child is accepted

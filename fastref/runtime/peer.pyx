@@ -69,8 +69,13 @@ cdef class Peer:
         """Take entries that the peer opened for our ``remote()`` calls: (index, generation, fork)."""
         with self.lock:
             self.credits.extend(credits)
-            self.credits_asked = False
+            self.credits_asked, self.credits_refused = False, None
             self.lock.notify_all()
+
+    def refuse_credits(self, why: str) -> None:
+        """Note that the peer has no entry to open for us at present."""
+        with self.lock:
+            self.credits_asked, self.credits_refused = False, why
 
     cdef int release(self, Arena arena) except -1:
         """Let go of pins and blocks that the peer is done with."""

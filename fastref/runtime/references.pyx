@@ -174,7 +174,8 @@ cdef class ReferenceCaller(Caller):
             finally:
                 self.blocked(False)
             if deadline_ns and fr_now_ns() > deadline_ns:
-                self.raise_timeout(peer, "remote(): no free table entry", -1.0)
+                why = f" ({peer.credits_refused})" if peer.credits_refused else ""
+                self.raise_timeout(peer, f"remote(): no free table entry{why}", -1.0)
 
     # ---- fetch
 

@@ -117,6 +117,9 @@ class RuleKeeper(Server):
         raise NotImplementedError
 
     def _granted(self, peer: Peer, call: int, value: Any) -> None:
+        if isinstance(value, str):  # none, and why: whoever waits asks again, and says so if it was in vain
+            peer.refuse_credits(value)
+            return
         credits = []
         for index, generation, fork in value:
             if fork:
@@ -131,7 +134,8 @@ class RuleKeeper(Server):
 
     def _grant(self, peer: Peer) -> None:
         has_bit = peer.rank < self.bits
-        granted = []
+        granted: list[tuple[int, int, int]] = []
+        refused = None
         with peer.lock:  # a worker is marked dead under it too: no entry is opened for one whose removal has begun
             if peer.is_dead:
                 return
@@ -142,7 +146,7 @@ class RuleKeeper(Server):
                     self.more_entries()
                     opened = self.table.open_credits(peer.rank if has_bit else None, wanted)
                 except ResourceError as error:
-                    logger.warning("no entries for the remote() calls of %s: %s", peer.name, error)
+                    refused = str(error)
             for index, generation in opened:
                 self.credit_of[index] = peer.rank
                 fork = 0
@@ -152,6 +156,10 @@ class RuleKeeper(Server):
                         self._owner_forks.made((index, generation), fork, peer.rank)
                 granted.append((index, generation, fork))
             peer.credits_open += len(opened)
+        if refused is not None:
+            logger.warning("no entries for the remote() calls of %s: %s", peer.name, refused)
+            self.tell(peer, Kind.GRANT, refused)
+            return
         for start in range(0, max(len(granted), 1), 64):
             self.tell(peer, Kind.GRANT, granted[start : start + 64])
 

@@ -348,7 +348,7 @@ class Runtime(RuleKeeper):
         self.stop_threads()
         me = threading.current_thread()
         for thread in self.thread_objects():
-            if thread is not me:
+            if thread is not me and thread.is_alive():  # one that is about to start ends at once: it has been told to
                 thread.join(timeout=2.0)
         self._release()
         if me.name == "fastref-monitor":
