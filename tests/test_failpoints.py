@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,10 @@ def refused(function: Any, *arguments: Any) -> str:
 def published_block() -> tuple[bytes, int, int]:
     """Fetch a value too large for the table; return it, and how it was fetched: directly, by message."""
     before = puppets.snapshot()["calls"]
-    value = rpc.remote("w0", puppets.echo, (b"x" * 6000,)).to_here()
+    reference = rpc.remote("w0", puppets.echo, (b"x" * 6000,))
+    while not reference.confirmed_by_owner():  # a value that is not there yet is asked for by message
+        time.sleep(0.001)
+    value = reference.to_here()
     after = puppets.snapshot()["calls"]
     return value, *(after[how] - before[how] for how in ("fetched_directly", "fetched_by_message"))
 
