@@ -40,6 +40,7 @@ cdef enum:
     BATCH = 64              # answers that are settled together, so that the token is passed on once for all of them
     BASE_THREADS = 2        # always there; measured: four eager threads halve the rate of short functions
     CONVERSATION = 256      # waits in a row for which the leader keeps the interpreter lock
+    IDLE_SLICES = 8         # of 100 ms each, after which a thread that was started for blocked ones ends
     SHORTEST_NAP_NS = 50000     # between looks at a peer's full ring
     LONGEST_NAP_NS = 10000000
     GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
@@ -103,7 +104,7 @@ cdef class Server(Executor):
                 mine = fr_serve_follow(&self.serving, slice_ns)
             if not mine:
                 idle_slices += 1
-                if self.threads > BASE_THREADS and self.parked > 1 and idle_slices > 20:
+                if self.threads > BASE_THREADS and self.parked > 1 and idle_slices > IDLE_SLICES:
                     break
                 continue
             idle_slices = 0
