@@ -41,6 +41,9 @@ FR_INLINE int fr_serve_has_work(struct fr_serving *s)
     return fr_listener_any(s->listener) || fr_load32_relaxed(&s->queued) || fr_load32_relaxed(&s->errands);
 }
 
+/* The leader, at the sight of a call: it will arm the bell, whose line the caller has just looked at. */
+FR_INLINE void fr_serve_expect(struct fr_serving *s) { __builtin_prefetch(&s->bell->armed, 1); }
+
 /* The leader, before user code: from here on a message wakes a follower. */
 static inline void fr_serve_pass_token(struct fr_serving *s)
 {

@@ -23,6 +23,7 @@ cdef extern from "fr_serve.h" nogil:
         uint32_t partner_cpu
         fr_waiting waiting
     bint fr_serve_take_token(fr_serving*)
+    void fr_serve_expect(fr_serving*)
     void fr_serve_pass_token(fr_serving*)
     bint fr_serve_retake_token(fr_serving*)
     void fr_serve_block(fr_serving*)

@@ -315,6 +315,7 @@ cdef class Server(Executor):
         if not parse_frame(arrival.data, arrival.size, &view):
             raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
         if view.head.slot != NO_SLOT and view.head.kind != PYTHON_RET:
+            fr_serve_expect(&self.serving)
             peer.slots.expect(view.head.slot)
         payload, size = view.payload, view.payload_size
         if view.head.flags & FLAG_BLOCK:
