@@ -156,6 +156,16 @@ def test_workers_meet_again_at_one_port(spawn_workers: Start, port: int) -> None
     spawn_workers(join_several_times, [(rank, 2, f"tcp://127.0.0.1:{port}") for rank in range(2)]).join()
 
 
+def test_who_finds_the_store_of_the_job_before_looks_again(spawn_workers: Start, port: int) -> None:
+    before = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    late = spawn_workers(meet_and_call, [(1, 2, f"tcp://127.0.0.1:{port}")])
+    time.sleep(0.5)
+    del before
+    first = spawn_workers(meet_and_call, [(0, 2, f"tcp://127.0.0.1:{port}")])
+    late.join()
+    first.join()
+
+
 def test_two_jobs_of_one_host_do_not_meet(spawn_workers: Start, name: str) -> None:
     jobs = [(rank, 2, f"{name}-{which}") for which in range(2) for rank in range(2)]
     spawn_workers(join_several_times, jobs).join()

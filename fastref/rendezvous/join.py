@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastref.errors import ProtocolError, RendezvousError, UsageError
@@ -116,10 +117,15 @@ def join(
     if world_size > MAX_WORLD_SIZE:
         raise UsageError(f"a job has at most {MAX_WORLD_SIZE} workers, not {world_size}")
     job = job_name(init_method)
+    given = store
+
+    def open_again(seconds: float) -> Meeting:
+        nonlocal store
+        meeting, store = open_meeting(listener.directory, init_method, rank, world_size, seconds, given, count)
+        return meeting
+
     try:
-        meeting, store = open_meeting(
-            listener.directory, init_method, rank, world_size, timeout_s or math.inf, store, count
-        )
+        meeting = open_again(timeout_s or math.inf)
     except RendezvousError as error:
         if rank == 0:
             # Another rank 0 may host one at this very port, and those who meet there would wait for one more.
@@ -130,7 +136,7 @@ def join(
     if rank == 0:
         members = Coordinator(record, job, listener, meeting, timeout_s, deadline).run()
     elif rank < world_size:
-        members = _Applicant(record, job, meeting, timeout_s, deadline).run()
+        members = _Applicant(record, job, meeting, timeout_s, deadline, open_again if given is None else None).run()
     else:
         # It can never get a seat. But the others wait for somebody, and only the coordinator can tell them why.
         try:
@@ -144,10 +150,19 @@ def join(
 class _Applicant:
     """A worker other than rank 0 that wants its seat."""
 
-    def __init__(self, record: WorkerRecord, job: str, meeting: Meeting, timeout_s: float, deadline: float) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        job: str,
+        meeting: Meeting,
+        timeout_s: float,
+        deadline: float,
+        open_again: Callable[[float], Meeting] | None = None,
+    ) -> None:
         self._record = record
         self._job = job
         self._meeting = meeting
+        self._open_again = open_again
         self._timeout_s = timeout_s
         self._deadline = deadline
         self._last_seen = "rank 0, which coordinates, is missing"
@@ -190,12 +205,23 @@ class _Applicant:
             complaint, announcements = self._meeting.complaint(), self._meeting.look()
         except RendezvousError as error:
             if self._lost is None:
-                raise
+                return self._look_elsewhere(error)
             # The coordinator may have hosted the store, and the store's own words do not say that it died.
             raise RendezvousError(sentences.orphaned(self._job, self._lost, self._record, error)) from error
         if complaint is not None:
             raise RendezvousError(complaint)
         return announcements
+
+    def _look_elsewhere(self, error: RendezvousError) -> list[Announcement]:
+        """The store ended before anybody was found there: it may have been that of the job before, at the same port."""
+        if self._open_again is None:
+            raise error
+        left_s = max(self._deadline - time.monotonic(), _LONGEST_PAUSE_S)
+        try:
+            self._meeting = self._open_again(min(left_s, RETURN_GRACE_S))
+        except RendezvousError:
+            raise error from None
+        return []
 
     def _check_full(self, coordinator: WorkerRecord) -> None:
         """Refuse to wait for the end of a job that goes on: the program that is running is not this one."""
