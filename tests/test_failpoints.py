@@ -7,8 +7,8 @@ rest under the ``gates`` marker.
 
 from __future__ import annotations
 
-import itertools
 import contextlib
+import itertools
 import os
 import re
 import signal
