@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -112,6 +112,28 @@ class LocalRpcBackend(RpcBackend):
         yield f"local://bench-{os.getpid()}-{os.urandom(4).hex()}"
 
 
+class FloorCaller:
+    """The one measurement a floor offers.
+
+    Parameters
+    ----------
+    round_trip : callable
+        Has the smallest thing go to the other process and back.
+    """
+
+    def __init__(self, round_trip: Callable[[], None]) -> None:
+        self._round_trip = round_trip
+
+    def call(self, effort: Effort) -> Summary:
+        """Microseconds for one round trip."""
+        return time_each(self._round_trip, effort)
+
+    def exercise(self, effort: Effort) -> None:
+        """Go to and fro."""
+        for _ in range(effort.exercise_calls):
+            self._round_trip()
+
+
 class PipeBackend:
     """Two processes and one byte that goes back and forth through two pipes."""
 
@@ -131,35 +153,27 @@ class PipeBackend:
     def load(self) -> None:
         """Nothing to import."""
 
-    def join(self, rank: int, address: str) -> PipeCaller:
+    def join(self, rank: int, address: str) -> FloorCaller:
         # A fifo opens when both ends do: each process must take them in the same order.
         flags = (os.O_RDONLY, os.O_WRONLY) if rank == 0 else (os.O_WRONLY, os.O_RDONLY)
         first, second = (os.open(Path(address, str(number)), flag) for number, flag in enumerate(flags))
-        if rank == 0:
-            return PipeCaller(read_from=first, write_to=second)
-        threading.Thread(target=_echo_bytes, args=(second, first), name="echo", daemon=True).start()
-        return PipeCaller(read_from=-1, write_to=-1)
+        if rank == 1:
+            threading.Thread(target=_echo_bytes, args=(second, first), name="echo", daemon=True).start()
+            return FloorCaller(PipeEnd(read_from=-1, write_to=-1).round_trip)
+        return FloorCaller(PipeEnd(read_from=first, write_to=second).round_trip)
 
     def leave(self) -> None:
         """The pipes close with the process."""
 
 
-class PipeCaller:
-    """The one measurement a pipe offers."""
+class PipeEnd:
+    """One process's ends of the two pipes."""
 
     def __init__(self, read_from: int, write_to: int) -> None:
         self._read_from, self._write_to = read_from, write_to
 
-    def call(self, effort: Effort) -> Summary:
-        """Microseconds for one byte to go to the other process and back."""
-        return time_each(self._round_trip, effort)
-
-    def exercise(self, effort: Effort) -> None:
-        """Send bytes to and fro."""
-        for _ in range(effort.exercise_calls):
-            self._round_trip()
-
-    def _round_trip(self) -> None:
+    def round_trip(self) -> None:
+        """Send one byte and wait until it has come back."""
         os.write(self._write_to, b"x")
         if os.read(self._read_from, 1) != b"x":
             raise FastrefError("the process at the other end of the pipe is gone")
@@ -184,31 +198,15 @@ class LineBackend:
     def load(self) -> None:
         """Nothing to import."""
 
-    def join(self, rank: int, address: str) -> LineCaller:
+    def join(self, rank: int, address: str) -> FloorCaller:
         with open(address, "r+b") as file:
             line = Line(mmap.mmap(file.fileno(), LINE_BYTES))
         if rank == 1:
             threading.Thread(target=line.echo, name="echo", daemon=True).start()
-        return LineCaller(line)
+        return FloorCaller(line.round_trip)
 
     def leave(self) -> None:
         """The thread that polls ends with its process."""
-
-
-class LineCaller:
-    """The one measurement a line offers."""
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-
-    def call(self, effort: Effort) -> Summary:
-        """Microseconds for a word to go to the other process and back."""
-        return time_each(self._line.round_trip, effort)
-
-    def exercise(self, effort: Effort) -> None:
-        """Send words to and fro."""
-        for _ in range(effort.exercise_calls):
-            self._line.round_trip()
 
 
 def _echo_bytes(read_from: int, write_to: int) -> None:

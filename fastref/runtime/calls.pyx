@@ -224,7 +224,6 @@ cdef class Caller(Post):
         cdef int slot, status
         cdef uint64_t call = head.call
         cdef int64_t deadline_ns = self.deadline(timeout_s)
-        cdef int64_t slice_ns = self.slice_ns
         slot = self.slots.begin(call, &peer.died)
         if slot < 0:
             return self.exchange_pending(peer, head, body, timeout_s, what)
