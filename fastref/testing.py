@@ -20,13 +20,15 @@ threads, signals or processes to go wrong. Tests of those need workers.
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, table_sizes
-from fastref.carriers.arena import Arena, PeerArena
+from fastref.carriers.arena import Arena
+from fastref.carriers.borrow import PeerArena
 from fastref.channels.channel import BELL_BYTES, Inbox
 from fastref.channels.inproc import InprocChannel
 from fastref.channels.slots import PeerSlots, ResponseSlots, slot_bytes
@@ -36,6 +38,7 @@ from fastref.options import WorkerInfo
 from fastref.rref import RRef
 from fastref.runtime.peer import Peer
 from fastref.runtime.rules import RuleKeeper
+from fastref.segments import create_memfd, map_fd, map_private
 from fastref.wire import Kind
 from fastref.wire.frame import describe
 
@@ -71,6 +74,8 @@ class Network:
         for node in self.nodes:
             for other in self.nodes:
                 self._introduce(node, other, room, window)
+        for node in self.nodes:
+            os.close(node.arena_fd)
 
     def __getitem__(self, rank: int) -> Node:
         return self.nodes[rank]
@@ -211,7 +216,7 @@ class Network:
         hold, descriptors = other.regions
         peers_view = memoryview(descriptors).toreadonly()  # as another process maps them
         holder = node.table.holder if mine else Holder(hold, peers_view, other.capacity, bit)
-        arena = PeerArena(memoryview(other.arena_memory).toreadonly())
+        arena = PeerArena(memoryview(other.arena_memory).toreadonly(), map_private(other.arena_fd, ARENA_BYTES), holder)
         peer = Peer(
             other.rank, other.info, 0, channel, PeerSlots(other.slot_memory, SLOTS), holder, arena, node.bits
         )  # fmt: skip
@@ -231,11 +236,13 @@ class Node(RuleKeeper):
         hold_bytes, descriptor_bytes = table_sizes(capacity)
         self.regions = mmap.mmap(-1, hold_bytes), mmap.mmap(-1, descriptor_bytes)
         self.slot_memory = mmap.mmap(-1, slot_bytes(SLOTS))
-        self.arena_memory = mmap.mmap(-1, ARENA_BYTES)
+        self.arena_fd = create_memfd("arena", ARENA_BYTES)
+        self.arena_memory = map_fd(self.arena_fd, ARENA_BYTES, writable=True)
+        table = ReferenceTable(*self.regions, capacity)
         super().__init__(
             rank, WorkerInfo(f"worker{rank}", rank), [], Inbox(bytearray(BELL_BYTES)),
-            ResponseSlots(self.slot_memory, SLOTS), Arena(self.arena_memory, lambda offset, size_bytes: None),
-            ReferenceTable(*self.regions, capacity), IdGenerator(rank), 60.0,
+            ResponseSlots(self.slot_memory, SLOTS),
+            Arena(self.arena_memory, lambda offset, size_bytes: None, table.holder), table, IdGenerator(rank), 60.0,
         )  # fmt: skip
         self.alive = True
 

@@ -97,9 +97,9 @@ def test_an_unknown_kind_is_refused(kind):
         describe(frame(kind))
 
 
-@pytest.mark.parametrize("size", [0, 15, 17])
-def test_a_block_is_named_by_sixteen_bytes(size):
-    assert describe(frame(flags=FLAG_BLOCK, payload=bytes(16)))["payload"] == bytes(16)
+@pytest.mark.parametrize("size", [0, 23, 25])
+def test_a_block_is_named_by_24_bytes(size):
+    assert describe(frame(flags=FLAG_BLOCK, payload=bytes(24)))["payload"] == bytes(24)
     with pytest.raises(ProtocolError):
         describe(frame(flags=FLAG_BLOCK, payload=bytes(size)))
 

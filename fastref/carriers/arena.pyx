@@ -1,15 +1,15 @@
-"""The shared carrier: blocks in memory that this process writes and its peers map read-only."""
+"""The lender's half of the shared carrier: blocks in memory that this process writes and its peers only map."""
 
 from threading import Lock
 
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
-from fastref._core cimport FR_FAILPOINT, FR_FAILS, failpoints, fr_failpoints_here
+from fastref._core cimport FR_FAILPOINT, FR_FAILS, Holder, failpoints, fr_failpoints_here
 
-from fastref.errors import ProtocolError, ResourceError, UsageError
+from fastref.errors import ResourceError, UsageError
 
-__all__ = ["Arena", "PeerArena"]
+__all__ = ["Arena"]
 
 fr_failpoints_here = failpoints()
 
@@ -40,17 +40,19 @@ cdef class Arena:
         The whole arena; only the part that was committed has pages behind it.
     commit : callable(offset, size_bytes)
         Makes sure of the memory of a range before it is touched, or raises ``ResourceError``.
+    holder : Holder, optional
+        What this process holds of its own table; for blocks that peers lease.
     """
 
-    def __init__(self, memory, commit):
+    def __init__(self, memory, commit, holder: Holder | None = None):
         cdef unsigned char[::1] room = memory
         self._memory = memoryview(memory)
         self.base = <char*>&room[0]
         self.limit = room.shape[0] & ~<uint64_t>4095
         self._commit = commit
         self._lock = Lock()
-        self._lent = {}
-        self._free = {}
+        self._holder = holder
+        self._lent, self._held, self._free, self._pinned, self._entries = {}, {}, {}, {}, {}
 
     cpdef uint64_t lend(self, uint64_t size_bytes) except? 0xFFFFFFFFFFFFFFFF:
         """Return the offset of a block of at least ``size_bytes``, for the caller to fill; a multiple of 4096.
@@ -87,7 +89,7 @@ cdef class Arena:
         return offset
 
     cpdef int give_back(self, uint64_t offset) except -1:
-        """Take a block back; nobody reads it any more.
+        """Take a block back: nobody reads it any more, except who has leased it and holds its entry.
 
         Raises
         ------
@@ -95,18 +97,47 @@ cdef class Arena:
             When no such block is lent.
         """
         with self._lock:
-            rounded = self._lent.pop(offset, None)
-            if rounded is None:
-                raise UsageError(f"no block is lent at {offset}")
-            self._free.setdefault(rounded, []).append(offset)
-            self.bytes_lent -= rounded
+            index = self._pinned.pop(offset, None)
+            if index is None:
+                self._take_back(self._lent, offset)
+        if index is not None:
+            self._holder.drop(index)  # whoever holds it last has the entry closed, and `closed` called
         FR_FAILPOINT("arena.given_back")
         return 0
+
+    cdef int _take_back(self, dict blocks, uint64_t offset) except -1:
+        rounded = blocks.pop(offset, None)
+        if rounded is None:
+            raise UsageError(f"no block is lent at {offset}")
+        self._free.setdefault(rounded, []).append(offset)
+        self.bytes_lent -= rounded
+        return 0
+
+    def pin(self, offset: int, index: int) -> None:
+        """Have a block live as long as a table entry that the caller holds; ``give_back`` lets go of that hold."""
+        with self._lock:
+            self._held[offset] = self._lent.pop(offset)
+            self._pinned[offset] = index
+            self._entries[index] = offset
+        FR_FAILPOINT("arena.pinned")
+
+    def keep_for(self, offset: int, index: int) -> None:
+        """Have a block live as long as a table entry that is held anyway."""
+        with self._lock:
+            self._held[offset] = self._lent.pop(offset)
+            self._entries[index] = offset
+
+    def closed(self, index: int) -> None:
+        """Take back the block of a table entry that nobody holds any more, if it has one."""
+        with self._lock:
+            offset = self._entries.pop(index, None)
+            if offset is not None:
+                self._take_back(self._held, offset)
 
     def fill(self, offset: int, data) -> None:
         """Copy bytes into a block that is lent."""
         cdef const unsigned char[::1] source = data
-        if offset not in self._lent or source.shape[0] > self._lent[offset]:
+        if source.shape[0] > self._lent.get(offset, -1):
             raise UsageError(f"{source.shape[0]} bytes do not fit in a block lent at {offset}")
         if source.shape[0]:
             memcpy(self.base + <uint64_t>offset, &source[0], source.shape[0])
@@ -114,40 +145,6 @@ cdef class Arena:
     def snapshot(self) -> dict:
         """Plain figures: limit, committed, blocks and bytes lent."""
         with self._lock:
-            return dict(limit=self.limit, committed=self.committed, used=self.top, blocks=len(self._lent),
+            return dict(limit=self.limit, committed=self.committed, used=self.top, blocks=len(self._lent) + len(self._held),
                         bytes_lent=self.bytes_lent)
 
-
-cdef class PeerArena:
-    """Read blocks that a peer lends.
-
-    Parameters
-    ----------
-    memory : buffer
-        The peer's arena, mapped read-only.
-    """
-
-    def __init__(self, memory):
-        cdef const unsigned char[::1] room = memory
-        self._memory = memoryview(memory)
-        self.base = <const char*>&room[0]
-        self.size_bytes = room.shape[0]
-
-    cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL:
-        if offset > self.size_bytes or size_bytes > self.size_bytes - offset:
-            raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
-        FR_FAILPOINT("arena.borrowed")
-        return self.base + offset
-
-    def view(self, offset: int, size_bytes: int) -> memoryview:
-        """Return a read-only view of a block.
-
-        Raises
-        ------
-        ProtocolError
-            When it is not inside the arena.
-        """
-        if offset < 0 or size_bytes < 0:
-            raise ProtocolError(f"a block of {size_bytes} bytes at {offset}")
-        self.borrow(offset, size_bytes)
-        return memoryview(self._memory).cast("B")[offset:offset + size_bytes].toreadonly()

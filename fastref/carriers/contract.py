@@ -22,7 +22,10 @@ class Carrier(ABC):
 
     @abstractmethod
     def borrow(self, descriptor: bytes) -> memoryview:
-        """Return a read-only view of what a descriptor names.
+        """Return what a descriptor names, before it is given back.
+
+        The bytes are the borrower's own: he may write them and nobody else sees it, and they last as long as a view of
+        them, whatever becomes of the place.
 
         Raises
         ------
@@ -32,7 +35,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def give_back(self, descriptor: bytes) -> None:
-        """Say that the peer is done; the place may be used again.
+        """Say that the peer has the descriptor; the place may be used again when nothing borrowed from it is left.
 
         Raises
         ------
@@ -43,4 +46,4 @@ class Carrier(ABC):
     @property
     @abstractmethod
     def bytes_lent(self) -> int:
-        """Bytes lent now."""
+        """Bytes lent now, or still borrowed."""

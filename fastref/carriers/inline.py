@@ -14,7 +14,7 @@ class InlineCarrier(Carrier):
         return bytes(data)
 
     def borrow(self, descriptor: bytes) -> memoryview:
-        return memoryview(descriptor).toreadonly()
+        return memoryview(bytearray(descriptor))
 
     def give_back(self, descriptor: bytes) -> None:
         return None

@@ -2,6 +2,8 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from fastref.carriers.borrow cimport Lease
+
 
 cdef struct Segment:
     # Bytes that are copied once, straight to their destination: `size` bytes at `start`, behind `position` of the stream.
@@ -15,7 +17,7 @@ cdef class Encoder:
     cdef uint64_t size, room
     cdef Segment* segments
     cdef unsigned segment_count, segment_room
-    cdef uint64_t segment_bytes
+    cdef uint64_t segment_bytes, largest_segment
     cdef list references            # RRefs met, in the order of their numbers
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
@@ -36,6 +38,7 @@ cdef class Decoder:
     cdef const char* at
     cdef const char* end
     cdef list references
+    cdef Lease lease                # of the block that the payload lies in, if there is one: large buffers stay there
     cdef uint64_t claimed           # elements of all containers so far
 
     cdef const char* take(self, uint64_t size) except NULL

@@ -25,7 +25,7 @@ cdef class Encoder:
 
     cdef void reset(self) noexcept:
         """Empty the buffer, keeping its memory unless it has grown large."""
-        self.size = self.segment_bytes = 0
+        self.size = self.segment_bytes = self.largest_segment = 0
         self.segment_count = self.seen_count = self.containers = 0
         if self.references:
             self.references = []
@@ -73,6 +73,7 @@ cdef class Encoder:
         self.segments[self.segment_count] = Segment(self.size, start, size)
         self.segment_count += 1
         self.segment_bytes += size
+        self.largest_segment = max(self.largest_segment, size)
         self.kept.append(keep)
         return 0
 

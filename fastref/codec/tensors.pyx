@@ -12,6 +12,7 @@ from libc.string cimport memcpy
 
 import torch
 
+from fastref.carriers.borrow cimport LEASE_FROM, drop_lease, fr_lease
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.errors import ProtocolError
 
@@ -32,13 +33,11 @@ cdef extern from *:
         int64_t *shape, *strides; uint64_t byte_offset;
     };
     struct fr_dl_managed { struct fr_dl_tensor tensor; void *context; void (*deleter)(struct fr_dl_managed *); };
-    /* Runs on any thread, with or without the interpreter lock. */
-    static void fr_dl_free(struct fr_dl_managed *managed)
-    {
-        if (managed->context) /* whoever is still making the tensor wants to know */
-            *(int *)managed->context = 1;
-        free(managed);
-    }
+    struct fr_dl_whole {            /* one allocation: this, the shape, and the data unless that is leased */
+        struct fr_dl_managed managed;
+        struct fr_lease *lease;
+        int *freed;                 /* whoever is still making the tensor wants to know */
+    };
     """
     struct fr_dl_device:
         int32_t device_type
@@ -59,14 +58,18 @@ cdef extern from *:
         fr_dl_tensor tensor
         void* context
         void (*deleter)(fr_dl_managed*)
-    void fr_dl_free(fr_dl_managed*)
+    struct fr_dl_whole:
+        fr_dl_managed managed
+        fr_lease* lease
+        int* freed
 
 cdef enum:
     CPU = 1
     MOST_DIMENSIONS = 16
     LAST_CODE = 6           # later codes are narrow floats, which not every torch takes back
     SEGMENT_FROM = 2048     # smaller tensors are copied into the stream at once
-    ROOM_FOR_HEADER = 512   # the managed structure and its shape lie before the data, in one allocation
+    RELEASE_FROM = 65536    # larger ones are copied without the interpreter lock
+    ROOM_FOR_HEADER = 512   # what lies before the data in one allocation
 
 cdef uint64_t MOST_ELEMENTS = <uint64_t>1 << 48
 
@@ -123,15 +126,26 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
     return True
 
 
+cdef void release(fr_dl_managed* managed) noexcept nogil:
+    """The tensor is gone; any thread, with or without the interpreter lock."""
+    cdef fr_dl_whole* whole = <fr_dl_whole*>managed
+    if whole.freed != NULL:
+        whole.freed[0] = 1
+    if whole.lease != NULL:
+        drop_lease(whole.lease)
+    free(whole)
+
+
 cdef object read_tensor(Decoder decoder):
-    """Make a tensor of its own memory from the next bytes."""
+    """Make a tensor from the next bytes: of its own memory, or a large one where it lies, if that is leased."""
     cdef TensorHeader header
     cdef int64_t[MOST_DIMENSIONS] shape
     cdef uint64_t elements = 1, span = 1
     cdef int freed = 0
-    cdef char* memory
+    cdef fr_dl_whole* whole
     cdef fr_dl_managed* managed
     cdef const char* data
+    cdef bint leased = False
     cdef int64_t* sizes
     cdef int i
     memcpy(&header, decoder.take(sizeof(TensorHeader)), sizeof(TensorHeader))
@@ -146,12 +160,12 @@ cdef object read_tensor(Decoder decoder):
     if elements * (header.bits // 8) != header.size:
         raise ProtocolError(f"a tensor of {elements} elements of {header.bits} bits in {header.size} bytes")
     data = decoder.aligned(header.size) if header.size >= SEGMENT_FROM else decoder.take(header.size)
-    if posix_memalign(<void**>&memory, 64, ROOM_FOR_HEADER + header.size):
+    leased = decoder.lease is not None and header.size >= LEASE_FROM
+    if posix_memalign(<void**>&whole, 64, ROOM_FOR_HEADER + (0 if leased else header.size)):
         raise MemoryError(f"no memory for a tensor of {header.size} bytes")
-    managed = <fr_dl_managed*>memory
-    sizes = <int64_t*>(memory + sizeof(fr_dl_managed))
+    managed = &whole.managed
+    sizes = <int64_t*>(whole + 1)
     memcpy(sizes, &shape[0], header.ndim * 8)
-    managed.tensor.data = memory + ROOM_FOR_HEADER
     managed.tensor.device.device_type = CPU
     managed.tensor.device.device_id = 0
     managed.tensor.ndim = header.ndim
@@ -159,18 +173,25 @@ cdef object read_tensor(Decoder decoder):
     managed.tensor.shape = sizes
     managed.tensor.strides = NULL
     managed.tensor.byte_offset = 0
-    managed.context = &freed
-    managed.deleter = fr_dl_free
-    if header.size > 65536:
-        with nogil:
-            memcpy(memory + ROOM_FOR_HEADER, data, header.size)
+    managed.context = NULL
+    managed.deleter = release
+    whole.freed = &freed
+    whole.lease = NULL
+    if leased:
+        managed.tensor.data = <void*>data
+        whole.lease = decoder.lease.share()
     else:
-        memcpy(memory + ROOM_FOR_HEADER, data, header.size)
+        managed.tensor.data = <char*>whole + ROOM_FOR_HEADER
+        if header.size > RELEASE_FROM:
+            with nogil:
+                memcpy(managed.tensor.data, data, header.size)
+        else:
+            memcpy(managed.tensor.data, data, header.size)
     try:
         tensor = from_dlpack(PyCapsule_New(managed, "dltensor", NULL))
     except (BufferError, RuntimeError) as error:
         if not freed:  # refused before the memory was taken over
-            free(memory)
+            release(managed)
         raise ProtocolError(f"a tensor of {header.bits} bits of kind {header.code}: {error}") from error
-    managed.context = NULL
+    whole.freed = NULL
     return tensor

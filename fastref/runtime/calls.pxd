@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fastref.carriers.borrow cimport Lease
 from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport RRef
@@ -23,6 +24,7 @@ cdef class Pending:
     cdef bint told                      # somebody settles it, under the GIL
     cdef uint32_t settled               # futex word: 1 once the outcome is there
     cdef uint32_t sleepers
+    cdef uint32_t site                  # which function's answer it is, for whoever leases it
 
     cdef int settle(self, object value, object error) except -1
 
@@ -42,6 +44,6 @@ cdef class Caller(Post):
     cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
     cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1
     cdef Pending pend(self, Peer peer, fr_frame* head, double timeout_s, object future, object what)
-    cdef object read_slot(self, Peer peer, int slot, uint64_t call)
-    cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references)
+    cdef object read_slot(self, Peer peer, int slot, uint64_t call, uint32_t site)
+    cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references, Lease lease)
     cdef void blocked(self, bint yes) noexcept

@@ -9,6 +9,7 @@ from libc.string cimport memcpy, memset
 
 from fastref._core cimport (fr_add32, fr_cpu, fr_fence, fr_futex_wait, fr_futex_wake, fr_load32_acquire, fr_load32_relaxed,
                             fr_now_ns, fr_store32_release)
+from fastref.carriers.borrow cimport Lease
 from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, WAIT_PEER_DIED, WAIT_STOPPED,
                                      WAIT_TIMED_OUT, fr_slot, fr_waiting)
 from fastref.codec.payload cimport Encoder
@@ -135,6 +136,7 @@ cdef class Caller(Post):
         head.call = self.new_call()
         if target is not None:
             body.references.append(target)
+            head.callable = <uint32_t>hash(method) ^ target.fork.index
             head.flags = FLAG_METHOD | self.encode_any(body, (method, args, kwargs or None), shares_main)
             return 0
         head.callable = self.number_of(peer, func)
@@ -243,7 +245,7 @@ cdef class Caller(Post):
                 status = self.slots.wait(slot, deadline_ns, 0)
         if status != WAIT_DONE:
             self._wait_longer(peer, slot, deadline_ns, timeout_s, what)
-        return self.read_slot(peer, slot, call)
+        return self.read_slot(peer, slot, call, ~head.callable)
 
     cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1:
         """Spinning brought nothing: sleep until the answer is in the slot. Else the slot is given up, and this raises."""
@@ -278,12 +280,14 @@ cdef class Caller(Post):
         finally:
             self.blocked(False)
 
-    cdef object read_slot(self, Peer peer, int slot, uint64_t call):
+    cdef object read_slot(self, Peer peer, int slot, uint64_t call, uint32_t site):
         """Read the answer in a slot that is DONE, and free the slot."""
         cdef fr_slot* s = &self.slots.slots[slot]
         cdef char[FR_SLOT_ROOM] copy
         cdef uint32_t size = fr_load32_relaxed(&s.size), flags = fr_load32_relaxed(&s.flags)
         cdef fr_block block
+        cdef Lease lease
+        cdef const char* payload
         peer.cpu = fr_load32_relaxed(&s.callee_cpu)
         if flags & FLAG_LOCAL:
             self.slots.end(slot)
@@ -296,17 +300,19 @@ cdef class Caller(Post):
                 raise ProtocolError(f"worker {peer.info.name!r} left an answer of {size} bytes in a slot of {FR_SLOT_ROOM}")
             if flags & FLAG_BLOCK:
                 memcpy(&block, s.data, sizeof(fr_block))
-                return self.outcome(peer, peer.arena.borrow(block.offset, block.size), block.size, flags, [])
+                lease = peer.arena.take(block.offset, block.size, block.index, block.generation, site)
+                payload = <const char*>lease.start if lease is not None else peer.arena.borrow(block.offset, block.size)
+                return self.outcome(peer, payload, block.size, flags, [], lease)
             memcpy(copy, s.data, size)
-            return self.outcome(peer, copy, size, flags, _NOTHING)
+            return self.outcome(peer, copy, size, flags, _NOTHING, None)
         finally:
             self.slots.end(slot)
 
-    cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references):
+    cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references, Lease lease):
         """Return the result in an answer, or raise the exception in it."""
         if flags & FLAG_ERROR:
             raise decode_failure(payload[:size])
-        return self.decode_any(payload, size, flags, references)
+        return self.decode_any(payload, size, flags, references, lease)
 
     cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what):
         """As ``exchange``, with the answer as a message: all slots are taken."""
@@ -329,7 +335,7 @@ cdef class Caller(Post):
         cdef Pending pending = Pending.__new__(Pending)
         head.deadline_ns = self.deadline(timeout_s)
         pending.caller, pending.peer, pending.call, pending.deadline_ns = self, peer, head.call, head.deadline_ns
-        pending.timeout_s, pending.future, pending.what = timeout_s, future, what
+        pending.timeout_s, pending.future, pending.what, pending.site = timeout_s, future, what, ~head.callable
         self.pending[head.call] = pending
         if pending.deadline_ns and pending.deadline_ns < self.next_expiry_ns:
             self.next_expiry_ns = pending.deadline_ns

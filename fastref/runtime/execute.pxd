@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from fastref.carriers.borrow cimport Lease
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport OwnedValue
 from fastref.runtime.peer cimport Peer
@@ -14,14 +15,19 @@ cdef class Job:
     cdef Peer peer
     cdef list references
     cdef object body            # what the payload said, once it is decoded
-    cdef bytes payload          # or the payload, when reading it runs code of the program
+    cdef bytes payload          # or the payload, when reading it runs code of the program: a copy of it,
+    cdef Lease lease            # or the block in which `size` bytes at `start` are it
+    cdef const char* start
+    cdef uint64_t size
     cdef object failure         # or why it cannot be run
     cdef bint parked            # it waits for a value
+
+    cdef const char* undecoded(self, uint64_t* size) noexcept
+    cdef void decoded(self) noexcept
 
 
 cdef class Executor(ReferenceCaller):
     cdef public uint64_t values_published
-    cdef readonly dict blocks           # index -> offset of the block its published value lies in
 
     cdef Encoder execute(self, Job job, int* flags)
     cdef int unpark(self, list jobs) except -1

@@ -36,26 +36,36 @@ cdef enum:
 cdef class Job:
     """One frame that takes code of the program to deal with."""
 
+    cdef const char* undecoded(self, uint64_t* size) noexcept:
+        """The payload that has not been read yet, or NULL."""
+        if self.lease is not None:
+            size[0] = self.size
+            return self.start
+        if self.payload is not None:
+            size[0] = PyBytes_GET_SIZE(self.payload)
+            return PyBytes_AS_STRING(self.payload)
+        return NULL
+
+    cdef void decoded(self) noexcept:
+        self.payload, self.lease = None, None
+
 
 cdef class Executor(ReferenceCaller):
     """The part of a runtime that runs jobs and settles their outcomes."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.blocks = {}
 
     cdef Encoder execute(self, Job job, int* flags):
         """Run a job; returns the encoded answer, or None when there is none to give (yet)."""
         cdef Encoder body
         cdef OwnedValue owned
         cdef RRef rref
+        cdef uint64_t size
+        cdef const char* payload = job.undecoded(&size)
         try:
             if job.failure is not None:
                 raise job.failure
-            if job.payload is not None:
-                job.body = self.decode_any(PyBytes_AS_STRING(job.payload), PyBytes_GET_SIZE(job.payload), job.head.flags,
-                                           job.references)
-                job.payload = None
+            if payload != NULL:
+                job.body = self.decode_any(payload, size, job.head.flags, job.references, job.lease)
+                job.decoded()
             job.parked = False
             if job.head.kind == RREF_FETCH_CALL:
                 owned = (<RRef>job.references[0]).owned
@@ -183,7 +193,7 @@ cdef class Executor(ReferenceCaller):
                 self.table.set_state(index, "ready")
                 return 0
             self.arena.fill(offset, data)
-            self.blocks[index] = offset
+            self.arena.keep_for(offset, index)
             self.table.publish_block(index, offset, len(data))
         self.values_published += 1
         return 0
@@ -200,7 +210,8 @@ cdef class Executor(ReferenceCaller):
         if job.head.slot != NO_SLOT and not body.references:
             if size > FR_SLOT_ROOM:
                 try:
-                    lent = self._lend(job.peer, size)
+                    if self.lend(job.peer, body, size, &block):
+                        lent = block.offset
                 except ResourceError as error:
                     return self.fail_job(job, error)
             if size <= FR_SLOT_ROOM or lent >= 0:
@@ -215,7 +226,6 @@ cdef class Executor(ReferenceCaller):
                 FR_FAILPOINT("slot.writing")
                 self.answered_to(fr_load32_relaxed(&slot.caller_cpu))
                 if lent >= 0:
-                    block.offset, block.size = lent, size
                     memcpy(slot.data, &block, sizeof(fr_block))
                     flags |= FLAG_BLOCK
                     job.peer.slot_loans.append((job.head.slot, job.head.call, lent))
@@ -252,13 +262,15 @@ cdef class Executor(ReferenceCaller):
     cdef int complete(self, Job job) except -1:
         """An answer came as a message: settle the call it belongs to."""
         cdef Pending pending
+        cdef uint64_t size
+        cdef const char* payload = job.undecoded(&size)
         value = error = None
         try:
             if job.failure is not None:
                 raise job.failure
-            if job.payload is not None:
-                value = self.outcome(job.peer, PyBytes_AS_STRING(job.payload), PyBytes_GET_SIZE(job.payload),
-                                     job.head.flags, job.references)
+            if payload != NULL:
+                value = self.outcome(job.peer, payload, size, job.head.flags, job.references, job.lease)
+                job.decoded()
             else:
                 value = job.body
         except Exception as trouble:

@@ -19,6 +19,7 @@ from fastref.segments import (
     create_control,
     create_memfd,
     map_fd,
+    map_private,
     seal,
 )
 from fastref.segments.budget import available_bytes
@@ -26,7 +27,7 @@ from fastref.segments.mapping import Mapping
 
 __all__ = ["LAYOUT", "SLOTS", "OwnMemory", "PeerMemory"]
 
-LAYOUT = 2  # of everything below and in the C headers; peers of another layout are refused
+LAYOUT = 3  # of everything below and in the C headers; peers of another layout are refused
 
 # The control segment: a header that peers check, the bell, the response slots.
 MAGIC = b"fastref\0"
@@ -68,6 +69,7 @@ class OwnMemory:
             self.hold = self._create("hold", hold_bytes)
             self.descriptors = self._create("descriptors", descriptor_bytes)
             self.arena = self._create("arena", self.arena_bytes)
+            self.arena_private = map_private(*self._fds["arena"])
             # Peers can never map these writable; this process's own mappings are older than the seal.
             for label in ("descriptors", "arena"):
                 seal(self._fds[label][0], future_write=True)
@@ -158,12 +160,12 @@ class PeerMemory:
         hold_bytes, descriptor_bytes = table_sizes(self.capacity)
         self.hold = self._map(link, "hold", True, hold_bytes)
         self.descriptors = self._map(link, "descriptors", False, descriptor_bytes)
+        self.arena_private: Mapping | None = None
         self.arena = self._map(link, "arena", False, 1)
         self.ring = self._map(link, "ring", True, ring_bytes(RING_SIZE))
         failpoint("segment.mapped")
 
-    @staticmethod
-    def _map(link: Link, label: str, writable: bool, least_bytes: int) -> Mapping:
+    def _map(self, link: Link, label: str, writable: bool, least_bytes: int) -> Mapping:
         fd, size_bytes = link.take(label)
         try:
             if size_bytes < least_bytes:
@@ -171,7 +173,10 @@ class PeerMemory:
             # The control segment had a name, and what has one cannot be sealed.
             if label != "control" and not cannot_shrink(fd):
                 raise ProtocolError("it is no memory file that keeps its size")
-            return map_fd(fd, size_bytes, writable=writable)
+            mapping = map_fd(fd, size_bytes, writable=writable)
+            if label == "arena":
+                self.arena_private = map_private(fd, size_bytes)
+            return mapping
         except (ProtocolError, OSError) as error:
             raise ProtocolError(f"the segment {label!r} of worker {link.record} is damaged: {error}") from error
         finally:

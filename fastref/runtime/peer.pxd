@@ -3,7 +3,8 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from fastref._core cimport Holder, PinQueue
-from fastref.carriers.arena cimport Arena, PeerArena
+from fastref.carriers.arena cimport Arena
+from fastref.carriers.borrow cimport PeerArena
 from fastref.channels.channel cimport Channel
 from fastref.channels.slots cimport PeerSlots
 

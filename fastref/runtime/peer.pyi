@@ -5,7 +5,8 @@ from threading import Condition
 from typing import Any
 
 from fastref._core import Holder, PinQueue
-from fastref.carriers.arena import Arena, PeerArena
+from fastref.carriers.arena import Arena
+from fastref.carriers.borrow import PeerArena
 from fastref.channels.channel import Channel
 from fastref.channels.slots import PeerSlots
 from fastref.errors import WorkerDied

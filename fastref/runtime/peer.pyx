@@ -6,7 +6,8 @@ from threading import Condition
 from libc.stdint cimport uint32_t, uint64_t
 
 from fastref._core cimport FR_NO_CPU, Holder, PinQueue, fr_load32_acquire, fr_store32_release
-from fastref.carriers.arena cimport Arena, PeerArena
+from fastref.carriers.arena cimport Arena
+from fastref.carriers.borrow cimport PeerArena
 from fastref.channels.channel cimport Channel
 from fastref.channels.slots cimport PeerSlots
 
@@ -29,7 +30,7 @@ cdef class Peer:
     holder : Holder
         What this process holds of its table.
     arena : PeerArena
-        Its arena, read-only.
+        Its arena.
     bits : int
         How many ranks have a bit in its table.
     """
@@ -115,4 +116,4 @@ cdef class Peer:
         """Plain figures."""
         return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, outgoing=len(self.outgoing), pins=len(self.pins), children=len(self.children),
                     loans=len(self.loans) + len(self.slot_loans), credits=len(self.credits), credits_open=self.credits_open,
-                    callables=len(self.callables), entries_held=self.holder.entries_held)
+                    callables=len(self.callables), entries_held=self.holder.entries_held, **self.arena.snapshot())

@@ -4,12 +4,13 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from fastref._core cimport Holder, IdGenerator, ReferenceTable, fr_fork
 from fastref.carriers.arena cimport Arena
+from fastref.carriers.borrow cimport Lease
 from fastref.channels.channel cimport Inbox
 from fastref.channels.slots cimport ResponseSlots
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport OwnedValue, RRef, Wiring
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport FrameView, fr_frame
+from fastref.wire.frame cimport FrameView, fr_block, fr_frame
 
 
 cdef extern from *:
@@ -61,7 +62,7 @@ cdef class Post(Wiring):
     cdef int _sent(self, Peer peer, int64_t position, list pinned, int64_t lent) except -1
     cdef bint flush(self, Peer peer) except -1
     cdef object _cannot_send(self, Peer peer, int64_t why, uint64_t size)
-    cdef int64_t _lend(self, Peer peer, uint64_t size) except -2
+    cdef bint lend(self, Peer peer, Encoder body, uint64_t size, fr_block* block) except -1
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
@@ -70,5 +71,5 @@ cdef class Post(Wiring):
     cdef int drain_while_waiting(self) except -1
     cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
-    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references)
+    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease)
     cdef object raise_timeout(self, Peer peer, what, double timeout_s)

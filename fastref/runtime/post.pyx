@@ -6,6 +6,7 @@ from libc.string cimport memcpy, memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_relaxed, fr_failpoints_here, fr_fork,
                             fr_load32_acquire, fr_now_ns)
+from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
@@ -36,6 +37,7 @@ cdef extern from "time.h" nogil:
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
+    object PyByteArray_FromStringAndSize(const char*, Py_ssize_t)
 
 cdef enum:
     INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
@@ -151,18 +153,21 @@ cdef class Post(Wiring):
                 FR_FAILPOINT("fork.reserved")
                 head.references, head.forks_size = len(body.references), forks.size
             if head.forks_size > INLINE_LIMIT:  # hundreds of references: they go into the block too
-                in_block = head.forks_size
+                in_block = (forks.size + 63) // 64 * 64  # buffers in the payload begin at a multiple of 64
+                memset(forks.grow(in_block - forks.size), 0, in_block - head.forks_size)
                 head.forks_size, head.block_forks = 0, in_block
                 head.flags |= FLAG_FORKS_IN_BLOCK
                 size += in_block
-                lent = self.arena.lend(size)
-                memcpy(self.arena.base + lent, forks.data, in_block)
-            elif size > INLINE_LIMIT:
-                lent = self._lend(peer, size)
+            if size > INLINE_LIMIT or in_block:
+                if self.lend(peer, body, size, &block):
+                    lent = block.offset
+                elif in_block:
+                    raise ResourceError(f"no room for {head.references} references in a block of {size} bytes")
             if lent >= 0:
+                if in_block:
+                    memcpy(self.arena.base + lent, forks.data, in_block)
                 with nogil:
                     body.copy_to(self.arena.base + lent + in_block)
-                block.offset, block.size = lent, size
                 payload, size = <const char*>&block, sizeof(fr_block)
                 head.flags |= FLAG_BLOCK
             elif size and not body.segment_count:
@@ -279,20 +284,37 @@ cdef class Post(Wiring):
                                 f"{peer.channel.largest}")
         raise peer.died_error()
 
-    cdef int64_t _lend(self, Peer peer, uint64_t size) except -2:
-        """A block for a payload, or -1 when the arena is full and the payload can go through the ring."""
+    cdef bint lend(self, Peer peer, Encoder body, uint64_t size, fr_block* block) except -1:
+        """Describe a block for a payload, to be filled; False when there is none and it can go through the ring.
+
+        A block with large buffers gets a table entry of its own: the peer may lease it, and go on reading when its loan
+        has ended.
+        """
+        cdef uint64_t offset
+        peer.release(self.arena)
+        if self.table.needs_sweep():  # the blocks that leases gave back are the warm ones
+            self.sweep()
         try:
-            return self.arena.lend(size)
+            offset = self.arena.lend(size)
         except ResourceError:
             for other in self.peers:
                 if other is not None:
                     (<Peer>other).release(self.arena)
+            self.sweep()
             try:
-                return self.arena.lend(size)
+                offset = self.arena.lend(size)
             except ResourceError:
                 if size + HEAD_ROOM <= peer.channel.largest:
-                    return -1
+                    return False
                 raise
+        block.offset, block.size, block.index, block.generation = offset, size, NO_ENTRY, 0
+        if body.largest_segment >= LEASE_FROM and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
+            try:
+                block.index, block.generation = self.open_entry()
+                self.arena.pin(offset, block.index)
+            except ResourceError:
+                pass  # all entries are in use: the peer copies
+        return True
 
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1:
         """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo.
@@ -399,6 +421,10 @@ cdef class Post(Wiring):
     def open_entry(self) -> tuple:
         raise NotImplementedError
 
+    def sweep(self) -> None:
+        """Close the entries that nobody holds."""
+        raise NotImplementedError
+
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
         raise NotImplementedError
 
@@ -436,13 +462,14 @@ cdef class Post(Wiring):
                 body.segment(<const char*>&bytes_of[0], buffer.nbytes, buffer)
         return 0
 
-    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references):
-        """Read what ``encode_any`` wrote."""
+    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease):
+        """Read what ``encode_any`` wrote; ``lease``: of the block that it lies in, if it has one."""
         cdef Decoder decoder = Decoder.__new__(Decoder)
         cdef uint64_t count, length
+        cdef const char* at
         decoder.start = decoder.at = payload
         decoder.end = payload + size
-        decoder.references = references
+        decoder.references, decoder.lease = references, lease
         if not flags & FLAG_PICKLED:
             return decode_value(decoder, 0)
         memcpy(&count, decoder.take(8), 8)
@@ -453,9 +480,17 @@ cdef class Post(Wiring):
         for _ in range(count):
             sizes.append(_number(decoder))
         data = PyBytes_FromStringAndSize(decoder.take(length), length)
+        whole = None if lease is None else memoryview(lease)
         buffers = []
         for length in sizes:
-            buffers.append(bytearray(PyBytes_FromStringAndSize(decoder.aligned(length), length)) if length else bytearray())
+            if not length:
+                buffers.append(bytearray())
+                continue
+            at = decoder.aligned(length)
+            if lease is not None and length >= LEASE_FROM:
+                buffers.append(whole[at - lease.start:at - lease.start + length])
+            else:
+                buffers.append(PyByteArray_FromStringAndSize(at, length))
         return loads(data, buffers, references)
 
     cdef object raise_timeout(self, Peer peer, what, double timeout_s):

@@ -199,6 +199,7 @@ cdef class ReferenceCaller(Caller):
         self.fetched_by_message += 1
         memset(&head, 0, sizeof(fr_frame))
         head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
+        head.callable = rref.fork.index
         body = self.encoder()
         body.references.append(rref)
         try:
@@ -220,8 +221,8 @@ cdef class ReferenceCaller(Caller):
         if fr_load32_relaxed(&d.form) == FR_FORM_INLINE:
             if size > FR_INLINE_VALUE:
                 raise ProtocolError(f"worker {peer.info.name!r} published {size} bytes in {FR_INLINE_VALUE}")
-            return self.decode_any(d.data, size, 0, _NOTHING)
-        return self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING)
+            return self.decode_any(d.data, size, 0, _NOTHING, None)
+        return self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING, None)
 
     cdef bint confirmed(self, RRef rref) except -1:
         cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]

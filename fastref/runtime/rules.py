@@ -15,6 +15,7 @@ from fastref.protocol import forks, removal
 from fastref.protocol.rounds import Report, Rounds
 from fastref.runtime.peer import Peer
 from fastref.runtime.serve import Server
+from fastref.segments import process_lives
 from fastref.wire.kinds import Kind
 
 __all__ = ["RuleKeeper"]
@@ -170,9 +171,7 @@ class RuleKeeper(Server):
             if index < len(self.owned) and self.owned[index] is not None:
                 dropped.append(self.owned[index])
                 self.owned[index] = None
-            offset = self.blocks.pop(index, None)
-            if offset is not None:
-                self.arena.give_back(offset)
+            self.arena.closed(index)
             rank = self.credit_of.pop(index, None)
             if rank is not None:
                 self.peers[rank].credits_open -= 1
@@ -298,6 +297,7 @@ class RuleKeeper(Server):
         self.drop_outgoing(peer)
         peer.free(self.arena)
         self.do_later(lambda: self.fail_pending(rank))
+        self.do_later(functools.partial(self._keep_leases, peer))
         with self._rules:
             commands = self._removal.handle(removal.Died(rank))
             user_commands = self._user_forks.owner_lost(rank)
@@ -310,6 +310,11 @@ class RuleKeeper(Server):
         self._perform_removal(commands)
         for command in user_commands:
             self._perform_user(command)
+
+    def _keep_leases(self, peer: Peer) -> None:
+        """What we lease of a dead worker stays as it is. One that lives on and has cut the link will use it again."""
+        if not peer.left and process_lives(peer.pid):
+            peer.arena.detach()
 
     def peer_broke(self, rank: int, what: str) -> None:
         """A peer sent nonsense: it is not listened to any more."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
 from fastref._version import __version__
-from fastref.carriers.arena import Arena, PeerArena
+from fastref.carriers.arena import Arena
+from fastref.carriers.borrow import PeerArena
 from fastref.channels.channel import Inbox
 from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel
@@ -131,7 +132,7 @@ class Runtime(RuleKeeper):
         table = ReferenceTable(memory.hold, memory.descriptors, memory.capacity, memory.usable)
         super().__init__(
             record.rank, WorkerInfo(name, record.rank), [], inbox, ResponseSlots(memory.slots, SLOTS),
-            Arena(memory.arena, memory.commit_arena), table, IdGenerator(record.rank), options.rpc_timeout,
+            Arena(memory.arena, memory.commit_arena, table.holder), table, IdGenerator(record.rank), options.rpc_timeout,
             thread_cap=options.num_worker_threads,
         )  # fmt: skip
         try:
@@ -198,7 +199,8 @@ class Runtime(RuleKeeper):
         failpoint("rendezvous.linked")
         myself = Peer(
             self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
-            PeerSlots(memory.slots, SLOTS), self.table.holder, PeerArena(memory.arena), self.bits,
+            PeerSlots(memory.slots, SLOTS), self.table.holder,
+            PeerArena(memory.arena, memory.arena_private, self.table.holder), self.bits,
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
@@ -239,10 +241,11 @@ class Runtime(RuleKeeper):
     def _peer(self, rank: int, link: Link) -> Peer:
         record, theirs = link.record, PeerMemory(link)
         bit = self.rank if self.rank < theirs.bits else None
+        holder = Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit)
         return Peer(
             rank, WorkerInfo(record.name, rank), record.pid, ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank),
-            PeerSlots(theirs.slots, theirs.slot_count), Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit),
-            PeerArena(theirs.arena), theirs.bits,
+            PeerSlots(theirs.slots, theirs.slot_count), holder, PeerArena(theirs.arena, theirs.arena_private, holder),
+            theirs.bits,
         )  # fmt: skip
 
     # ---- what the room below asks for
@@ -338,6 +341,8 @@ class Runtime(RuleKeeper):
 
     def _leave(self) -> None:
         _alive.discard(self)
+        for peer in self.peers:
+            peer.arena.detach()  # what the program still reads must not change when the peers take us out of their tables
         for link in self._links.values():
             try:
                 link.send_message("leaving", {})

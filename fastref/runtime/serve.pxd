@@ -6,7 +6,7 @@ from fastref.channels.channel cimport Arrival, fr_bell, fr_listener
 from fastref.channels.slots cimport fr_waiting
 from fastref.runtime.execute cimport Executor, Job
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport FrameView
+from fastref.wire.frame cimport FrameView, fr_frame
 
 
 cdef extern from "fr_serve.h" nogil:
@@ -52,6 +52,7 @@ cdef class Server(Executor):
     cdef int lead(self) except -1
     cdef Job drain(self, bint run_calls)
     cdef Job accept(self, Arrival* arrival, Peer peer)
+    cdef uint32_t site_of(self, fr_frame* head)
     cdef int take_references(self, FrameView* view, Peer peer, list references) except -1
     cdef int run(self, Job job, bint leading) except -1
     cdef void count_queue(self) noexcept

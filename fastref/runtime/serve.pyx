@@ -16,14 +16,16 @@ from libc.string cimport memcpy
 
 from fastref._core cimport (FR_FAILPOINT, FR_LOST, FR_NO_CPU, failpoints, fr_failpoints_here, fr_fork,
                             fr_store32_relaxed)
+from fastref.carriers.borrow cimport Lease
 from fastref.channels.channel cimport Arrival
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport OwnedValue, RRef, forks_so_far, make_rref
+from fastref.runtime.calls cimport Pending
 from fastref.runtime.execute cimport Executor, Job
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport fr_thread, this_thread
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, INTERN, NO_SLOT,
-                                 PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block, next_fork,
+                                 PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block, fr_frame, next_fork,
                                  parse_frame)
 
 from fastref.errors import PeerError, ProtocolError, ReferenceLost
@@ -311,6 +313,7 @@ cdef class Server(Executor):
         cdef const char* payload
         cdef uint64_t size
         cdef list references = []
+        cdef Lease lease = None
         FR_FAILPOINT("ring.reader_holds")
         if not parse_frame(arrival.data, arrival.size, &view):
             raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
@@ -320,7 +323,10 @@ cdef class Server(Executor):
         payload, size = view.payload, view.payload_size
         if view.head.flags & FLAG_BLOCK:
             memcpy(&block, payload, sizeof(fr_block))
-            payload, size = peer.arena.borrow(block.offset, block.size), block.size
+            lease = peer.arena.take(block.offset, block.size, block.index, block.generation,
+                                    self.site_of(&view.head))
+            payload = <const char*>lease.start if lease is not None else peer.arena.borrow(block.offset, block.size)
+            size = block.size
             if view.head.flags & FLAG_FORKS_IN_BLOCK:
                 if view.head.block_forks > size:
                     raise ProtocolError(f"worker {peer.info.name!r} claims {view.head.block_forks} bytes of references in {size}")
@@ -343,9 +349,11 @@ cdef class Server(Executor):
                 raise ReferenceLost(f"{lost} of the references that worker {peer.info.name!r} sent ended on the way",
                                     peer.info.name)
             if view.head.flags & (FLAG_PICKLED | FLAG_ERROR):
-                job.payload = PyBytes_FromStringAndSize(payload, size)
+                if lease is None:
+                    job.payload = PyBytes_FromStringAndSize(payload, size)
+                job.lease, job.start, job.size = lease, payload, size
             elif size:
-                job.body = self.decode_any(payload, size, view.head.flags, references)
+                job.body = self.decode_any(payload, size, view.head.flags, references, lease)
         except Exception as error:
             job.failure = error
         self.inbox.done()
@@ -353,6 +361,13 @@ cdef class Server(Executor):
         if view.head.kind == PYTHON_REMOTE_CALL:
             self._register_remote(job)
         return job
+
+    cdef uint32_t site_of(self, fr_frame* head):
+        """What a block that comes with a frame is used for."""
+        if head.kind != PYTHON_RET:
+            return head.callable
+        pending = self.pending.get(head.call)
+        return 0 if pending is None else (<Pending>pending).site
 
     cdef int take_references(self, FrameView* view, Peer peer, list references) except -1:
         """Take every reference of a frame, before the cursor moves and before anything runs; returns how many are lost."""
@@ -485,7 +500,4 @@ cdef class Server(Executor):
         raise NotImplementedError
 
     def inbox_drained(self, rank: int) -> None:
-        raise NotImplementedError
-
-    def sweep(self) -> None:
         raise NotImplementedError

@@ -1,8 +1,8 @@
 """Shared memory and the run directory: create, lock, map, reclaim, sweep."""
 
 from fastref.segments.control import ControlSegment, create_control
-from fastref.segments.identity import InstanceIdentity, host_identity
-from fastref.segments.memory import allocate, cannot_shrink, create_memfd, map_fd, seal
+from fastref.segments.identity import InstanceIdentity, host_identity, process_lives
+from fastref.segments.memory import allocate, cannot_shrink, create_memfd, map_fd, map_private, seal
 from fastref.segments.rundir import InstanceLock, job_directory, run_root
 from fastref.segments.sweep import sweep
 
@@ -17,6 +17,8 @@ __all__ = [
     "host_identity",
     "job_directory",
     "map_fd",
+    "map_private",
+    "process_lives",
     "run_root",
     "seal",
     "sweep",

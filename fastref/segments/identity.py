@@ -10,7 +10,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["INSTANCE_PATTERN", "InstanceIdentity", "host_identity"]
+__all__ = ["INSTANCE_PATTERN", "InstanceIdentity", "host_identity", "process_lives"]
 
 INSTANCE_PATTERN = r"[0-9a-f]{16}"
 _NAME = re.compile(
@@ -73,6 +73,12 @@ class InstanceIdentity:
         """Return whether the process still runs; only meaningful when it is ours to judge."""
         stat = _process_stat(self.pid)
         return stat is not None and stat[0] not in "ZX" and stat[1] == self.start_ticks
+
+
+def process_lives(pid: int) -> bool:
+    """Return whether a process of this pid namespace still runs."""
+    stat = _process_stat(pid)
+    return stat is not None and stat[0] not in "ZX"
 
 
 def host_identity() -> str:

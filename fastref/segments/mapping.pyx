@@ -1,4 +1,4 @@
-"""A shared mapping that needs no descriptor once it is made.
+"""A mapping of a file that needs no descriptor once it is made.
 
 ``mmap.mmap`` keeps a duplicate of the descriptor as long as it lives; with a handful of mappings for each peer that
 would be most of what a worker has open.
@@ -12,14 +12,14 @@ import os
 cdef extern from "sys/mman.h" nogil:
     void* mmap(void*, size_t, int, int, int, long)
     int munmap(void*, size_t)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_NORESERVE
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_NORESERVE
     void* MAP_FAILED
 
 __all__ = ["Mapping"]
 
 
 cdef class Mapping:
-    """The first ``size_bytes`` bytes of a file, shared; a buffer. Unmapped when the last view of it is gone.
+    """The first ``size_bytes`` bytes of a file; a buffer. Unmapped when the last view of it is gone.
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ cdef class Mapping:
         Above zero; the caller has made sure that the file is that long.
     writable : bool
         Whether it may be written through this mapping.
+    private : bool
+        What is written stays in this process, on pages of its own; else all who map the file see it.
 
     Raises
     ------
@@ -40,9 +42,10 @@ cdef class Mapping:
     cdef readonly Py_ssize_t size_bytes
     cdef readonly bint writable
 
-    def __cinit__(self, fd: int, size_bytes: int, writable: bool):
+    def __cinit__(self, fd: int, size_bytes: int, writable: bool, private: bool = False):
         cdef int protection = PROT_READ | (PROT_WRITE if writable else 0)
-        self.start = mmap(NULL, size_bytes, protection, MAP_SHARED | MAP_NORESERVE, fd, 0)
+        cdef int kind = MAP_PRIVATE if private else MAP_SHARED
+        self.start = mmap(NULL, size_bytes, protection, kind | MAP_NORESERVE, fd, 0)
         if self.start == MAP_FAILED:
             self.start = NULL
             raise OSError(errno, os.strerror(errno))

@@ -11,7 +11,7 @@ from fastref.errors import ProtocolError, ResourceError, UsageError
 from fastref.segments.budget import check_available
 from fastref.segments.mapping import Mapping
 
-__all__ = ["allocate", "cannot_shrink", "create_memfd", "map_fd", "seal"]
+__all__ = ["allocate", "cannot_shrink", "create_memfd", "map_fd", "map_private", "seal"]
 
 # <linux/fcntl.h>; Python's fcntl has no name for it before 3.13. Linux 5.1.
 F_SEAL_FUTURE_WRITE = 0x10
@@ -135,3 +135,17 @@ def map_fd(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
         if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
             raise ResourceError(f"cannot map {size_bytes} bytes of shared memory: {error.strerror}") from error
         raise
+
+
+def map_private(fd: int, size_bytes: int) -> Mapping | None:
+    """Map a memory file that ``map_fd`` has mapped before a second time, copy-on-write.
+
+    None when the system has no address space for it, or counts memory that may be written as if it were
+    (``vm.overcommit_memory=2``).
+    """
+    try:
+        return Mapping(fd, size_bytes, True, private=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+            raise
+        return None

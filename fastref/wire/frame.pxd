@@ -38,12 +38,14 @@ cdef extern from *:
         uint16_t kind, flags, references, slot;
         uint64_t call;              /* call number of the caller, or what the kind says */
         int64_t deadline_ns;        /* CLOCK_MONOTONIC; 0: none */
-        uint32_t callable, payload; /* interned number, 0: in the payload | bytes of payload */
+        uint32_t callable;          /* interned number; 0: in the payload. Of a method or a fetch: a hash of what and whose */
+        uint32_t payload;           /* bytes of it */
         uint32_t forks_size;        /* bytes of the references that follow the header */
         uint32_t block_forks;       /* bytes of the references that lie in the block instead */
     };
-    struct fr_block {
+    struct fr_block {               /* 24 bytes */
         uint64_t offset, size;
+        uint32_t index, generation; /* the block's entry in its owner's table, for who leases it; or NO_ENTRY */
     };
     """
     struct fr_frame:
@@ -60,6 +62,8 @@ cdef extern from *:
     struct fr_block:
         uint64_t offset
         uint64_t size
+        uint32_t index
+        uint32_t generation
 
 
 cdef struct FrameView:

@@ -1,0 +1,363 @@
+/* Leases: blocks of a peer's memory that this process reads where they lie, and writes as its own.
+ *
+ * The peer's memory is mapped copy-on-write. While a lease lasts, this process's bit in the block's table entry keeps
+ * the peer from using the block again; what is written meanwhile lands in private pages. At the end exactly those
+ * pages are dropped, so that the next lease of the same place shows the peer's bytes again and finds the page tables
+ * filled, and then the bit is cleared: in this order.
+ *
+ * A lease ends wherever its last user lets go: on any thread, with or without the interpreter lock. Nothing here calls
+ * Python. Two leases of one place never overlap in one process: a block is sent once.
+ *
+ * A page that is written costs a fault and a copy, 20 times what copying it ahead would have cost; a page that is only
+ * read costs next to nothing. So the end of a lease tells whether those who get such blocks write, and blocks for the
+ * same use, its `site`, are copied from then on, 8 times and then twice as often each time that a probe is written. */
+#ifndef FR_LEASE_H
+#define FR_LEASE_H
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include "fr_table.h"
+
+#define FR_PAGE 4096u
+#define FR_SITES 256u
+#define FR_WRITTEN_PART 16 /* a lease of which more than this part was written would have been cheaper as a copy */
+#define FR_LONGEST_ABSTENTION 128
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
+#endif
+
+struct fr_leases;
+
+struct fr_lease {
+    uint32_t users;               /* tensors, buffers, whoever is decoding */
+    uint32_t index;               /* of the block's entry in its owner's table */
+    uint32_t site;
+    struct fr_leases *of;
+    char *start;                  /* whole pages */
+    size_t size;
+    struct fr_lease *next, **link; /* in the list of those that live; under the lock */
+};
+
+struct fr_leases {                /* all leases of one peer's memory */
+    pthread_mutex_t lock;
+    struct fr_holder *holder;
+    char *base;                   /* the peer's memory, copy-on-write; NULL: it could not be mapped so */
+    size_t size;
+    struct fr_lease *living;
+    uint64_t live;                /* leases taken and not yet given back */
+    uint64_t pages_written;       /* that leases dropped at their end, so far */
+    uint64_t stuck;               /* leases whose pages could not be dropped: their blocks are never given back */
+    struct {
+        uint8_t copies, next;     /* blocks yet to be copied before the next probe; how many after it, if it is written */
+    } site[FR_SITES];
+    int closed;                   /* no lease is made any more */
+    int kept;                     /* the keeper is being kept for them */
+    void (*emptied)(struct fr_leases *); /* the last lease has ended; any thread, with or without the interpreter lock */
+    void *keeper;                 /* who has to outlive the leases */
+    struct fr_leases *next, **link; /* in the list of all, for fork(); under fr_leases_lock */
+    int foreign;                  /* made before this process was forked */
+};
+
+/* ---- pages */
+
+/* Runs of pages of a range that are private to this process, by the PAGEMAP_SCAN call of Linux 6.7. */
+struct fr_page_run {
+    uint64_t start, end, categories;
+};
+struct fr_page_scan {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define FR_PAGEMAP_SCAN _IOWR('f', 16, struct fr_page_scan)
+#define FR_PAGE_IS_FILE (1u << 2)
+#define FR_PAGE_IS_PRESENT (1u << 3)
+#define FR_PAGE_IS_SWAPPED (1u << 4)
+#define FR_RUNS 32
+
+static int fr_pagemap = -1;       /* /proc/self/pagemap; belongs to one address space, so a child opens its own */
+static int fr_pagemap_scans = 1;  /* whether the system knows the call */
+
+static inline int fr_pagemap_fd(void)
+{
+    int fd = __atomic_load_n(&fr_pagemap, __ATOMIC_RELAXED);
+    if (fd == -1) {
+        int none = -1;
+        fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            fd = -2;
+        if (!__atomic_compare_exchange_n(&fr_pagemap, &none, fd, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+            if (fd >= 0)
+                close(fd);
+            fd = none;
+        }
+    }
+    return fd;
+}
+
+/* Drop the private pages of a range; the file's bytes show again. 0 when that cannot be done. */
+static inline int fr_pages_drop_run(char *start, size_t size)
+{
+    if (madvise(start, size, MADV_DONTNEED) == 0)
+        return 1;
+    return munlock(start, size) == 0 && madvise(start, size, MADV_DONTNEED) == 0; /* it fails on locked pages */
+}
+
+/* Drop exactly the pages of a range that were written. Returns how many, or -1 when that cannot be done. */
+static inline int64_t fr_pages_drop_written(char *start, size_t size)
+{
+    int fd = fr_pagemap_fd();
+    int64_t dropped = 0;
+    if (fd >= 0 && fr_pagemap_scans) {
+        struct fr_page_run runs[FR_RUNS];
+        struct fr_page_scan scan = {
+            .size = sizeof scan, .start = (uintptr_t)start, .end = (uintptr_t)start + size,
+            .vec = (uintptr_t)runs, .vec_len = FR_RUNS,
+            .category_inverted = FR_PAGE_IS_FILE, .category_mask = FR_PAGE_IS_FILE,
+            .category_anyof_mask = FR_PAGE_IS_PRESENT | FR_PAGE_IS_SWAPPED, .return_mask = FR_PAGE_IS_FILE,
+        };
+        for (;;) {
+            int found = ioctl(fd, FR_PAGEMAP_SCAN, &scan);
+            if (found < 0) {
+                if (errno == EINTR)
+                    continue;
+                fr_pagemap_scans = 0;
+                break;
+            }
+            for (int i = 0; i < found; i++) {
+                if (!fr_pages_drop_run((char *)(uintptr_t)runs[i].start, runs[i].end - runs[i].start))
+                    return -1;
+                dropped += (runs[i].end - runs[i].start) / FR_PAGE;
+            }
+            if (scan.walk_end >= scan.end)
+                return dropped;
+            scan.start = scan.walk_end;
+        }
+    }
+    if (fd >= 0) { /* older systems: a word for each page. Bit 63 present, 62 swapped, 61 the file's own */
+        uint64_t words[512];
+        size_t page = 0, pages = size / FR_PAGE;
+        while (page < pages) {
+            size_t wanted = pages - page < 512 ? pages - page : 512;
+            ssize_t got = pread(fd, words, wanted * 8, ((uintptr_t)start / FR_PAGE + page) * 8);
+            if (got < 8)
+                break;
+            for (size_t i = 0; i < (size_t)got / 8; i++, page++) {
+                if ((words[i] >> 62) && !(words[i] >> 61 & 1)) {
+                    if (!fr_pages_drop_run(start + page * FR_PAGE, FR_PAGE))
+                        return -1;
+                    dropped++;
+                }
+            }
+        }
+        if (page == pages)
+            return dropped;
+    }
+    return fr_pages_drop_run(start, size) ? (int64_t)(size / FR_PAGE) : -1; /* nobody says which: all of them */
+}
+
+/* Make every page of a range private, with the bytes that it shows now; other threads may write there meanwhile. */
+static inline void fr_pages_make_private(char *start, size_t size)
+{
+    if (madvise(start, size, MADV_POPULATE_WRITE) == 0)
+        return;
+    for (size_t at = 0; at < size; at += FR_PAGE) { /* a byte that is exchanged for itself is written, never changed */
+        uint8_t *byte = (uint8_t *)start + at, value = __atomic_load_n(byte, __ATOMIC_RELAXED);
+        while (!__atomic_compare_exchange_n(byte, &value, value, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            ;
+    }
+}
+
+/* ---- leases */
+
+/* Lease a block whose sender still pins it. NULL, with *why: 0, this cannot be leased and must be copied; 1, no memory;
+ * 2, the entry is not what the sender says. The first lease of `of` sets *first: whoever keeps `of` alive must know. */
+static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offset, uint64_t size, uint32_t index,
+                                             uint32_t generation, uint32_t site, int *why, int *first)
+{
+    struct fr_lease *lease;
+    *why = *first = 0;
+    if (!of->base || !of->holder->bit || !size || offset % FR_PAGE || offset > of->size || size > of->size - offset)
+        return NULL;
+    site = (site ^ site >> 8 ^ site >> 16) % FR_SITES;
+    pthread_mutex_lock(&of->lock);
+    if (of->site[site].copies) {
+        of->site[site].copies--;
+        pthread_mutex_unlock(&of->lock);
+        return NULL;
+    }
+    pthread_mutex_unlock(&of->lock);
+    lease = malloc(sizeof *lease);
+    *why = 1;
+    if (!lease)
+        return NULL;
+    lease->users = 1;
+    lease->index = index;
+    lease->site = site;
+    lease->of = of;
+    lease->start = of->base + offset;
+    lease->size = (size + FR_PAGE - 1) / FR_PAGE * FR_PAGE;
+    pthread_mutex_lock(&of->lock);
+    *why = of->closed ? 0 : 2;
+    /* The sender pins the entry; looking whether it is open costs nothing beside the block. */
+    if (of->closed || index >= of->holder->at.capacity ||
+        fr_holder_acquire_unpinned(of->holder, index, generation) == FR_LOST) {
+        pthread_mutex_unlock(&of->lock);
+        free(lease);
+        return NULL;
+    }
+    FR_FAILPOINT("lease.taken");
+    lease->next = of->living;
+    lease->link = &of->living;
+    if (lease->next)
+        lease->next->link = &lease->next;
+    of->living = lease;
+    of->live++;
+    *first = !of->kept;
+    of->kept = 1;
+    pthread_mutex_unlock(&of->lock);
+    return lease;
+}
+
+FR_INLINE void fr_lease_share(struct fr_lease *lease)
+{
+    __atomic_fetch_add(&lease->users, 1, __ATOMIC_RELAXED);
+}
+
+/* One user fewer; the last one ends the lease. */
+static inline void fr_lease_drop(struct fr_lease *lease)
+{
+    struct fr_leases *of = lease->of;
+    int64_t written;
+    int empty;
+    /* SYNC: what other users wrote happened before the pages are dropped. */
+    if (__atomic_sub_fetch(&lease->users, 1, __ATOMIC_ACQ_REL))
+        return;
+    if (of->foreign) { /* a forked child: the block, the bit and the list are its parent's */
+        free(lease);
+        return;
+    }
+    pthread_mutex_lock(&of->lock);
+    *lease->link = lease->next;
+    if (lease->next)
+        lease->next->link = lease->link;
+    pthread_mutex_unlock(&of->lock);
+    written = fr_pages_drop_written(lease->start, lease->size);
+    FR_FAILPOINT("lease.cleaned");
+    if (written >= 0)
+        fr_holder_release(of->holder, lease->index);
+    pthread_mutex_lock(&of->lock);
+    if (written < 0) {
+        of->stuck++;
+    } else {
+        of->pages_written += written;
+        if (written * FR_WRITTEN_PART > (int64_t)(lease->size / FR_PAGE)) {
+            uint8_t next = of->site[lease->site].next;
+            of->site[lease->site].copies = next = next ? next : 8;
+            of->site[lease->site].next = next < FR_LONGEST_ABSTENTION ? next * 2 : FR_LONGEST_ABSTENTION;
+        } else {
+            of->site[lease->site].next = 0;
+        }
+    }
+    of->live--;
+    empty = !of->live;
+    pthread_mutex_unlock(&of->lock);
+    free(lease);
+    if (empty)
+        of->emptied(of);
+}
+
+/* From here on all that is leased lies in private pages, whatever becomes of the peer's, and nothing is leased anew. */
+static inline void fr_leases_detach(struct fr_leases *of)
+{
+    pthread_mutex_lock(&of->lock);
+    of->closed = 1;
+    for (struct fr_lease *lease = of->living; lease; lease = lease->next)
+        fr_pages_make_private(lease->start, lease->size);
+    pthread_mutex_unlock(&of->lock);
+}
+
+/* ---- all of a process, for fork(): a child's copies must not change when the parent gives a block back */
+
+static pthread_mutex_t fr_leases_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct fr_leases *fr_all_leases;
+
+static inline void fr_leases_before_fork(void)
+{
+    pthread_mutex_lock(&fr_leases_lock);
+    for (struct fr_leases *of = fr_all_leases; of; of = of->next) {
+        pthread_mutex_lock(&of->lock);
+        if (!of->foreign)
+            for (struct fr_lease *lease = of->living; lease; lease = lease->next)
+                fr_pages_make_private(lease->start, lease->size);
+    }
+}
+
+static inline void fr_leases_after_fork(void)
+{
+    for (struct fr_leases *of = fr_all_leases; of; of = of->next)
+        pthread_mutex_unlock(&of->lock);
+    pthread_mutex_unlock(&fr_leases_lock);
+}
+
+static inline void fr_leases_in_child(void)
+{
+    int fd = __atomic_exchange_n(&fr_pagemap, -1, __ATOMIC_RELAXED);
+    if (fd >= 0)
+        close(fd);
+    for (struct fr_leases *of = fr_all_leases; of; of = of->next)
+        of->foreign = of->closed = 1;
+    fr_leases_after_fork();
+}
+
+static inline void fr_leases_watch_forks(void)
+{
+    pthread_atfork(fr_leases_before_fork, fr_leases_after_fork, fr_leases_in_child);
+}
+
+static inline void fr_leases_begin(struct fr_leases *of, struct fr_holder *holder, char *base, size_t size,
+                                   void (*emptied)(struct fr_leases *), void *keeper)
+{
+    memset(of, 0, sizeof *of);
+    pthread_mutex_init(&of->lock, NULL);
+    of->holder = holder;
+    of->base = base;
+    of->size = size;
+    of->emptied = emptied;
+    of->keeper = keeper;
+    pthread_mutex_lock(&fr_leases_lock);
+    of->next = fr_all_leases;
+    of->link = &fr_all_leases;
+    if (of->next)
+        of->next->link = &of->next;
+    fr_all_leases = of;
+    pthread_mutex_unlock(&fr_leases_lock);
+}
+
+/* Whether the keeper need not be kept any more: no lease lives, and nobody was told so before. */
+static inline int fr_leases_let_go(struct fr_leases *of)
+{
+    int now;
+    pthread_mutex_lock(&of->lock);
+    now = of->kept && !of->live;
+    if (now)
+        of->kept = 0;
+    pthread_mutex_unlock(&of->lock);
+    return now;
+}
+
+/* No lease lives any more. */
+static inline void fr_leases_end(struct fr_leases *of)
+{
+    pthread_mutex_lock(&fr_leases_lock);
+    *of->link = of->next;
+    if (of->next)
+        of->next->link = of->link;
+    pthread_mutex_unlock(&fr_leases_lock);
+    pthread_mutex_destroy(&of->lock);
+}
+
+#endif

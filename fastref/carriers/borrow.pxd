@@ -1,0 +1,40 @@
+"""Blocks of shared memory that a peer lends."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from fastref._core cimport Holder, fr_holder
+
+
+cdef enum:
+    LEASE_FROM = 65536     # smaller buffers are copied: measured in docs/benchmarks.md
+    NO_ENTRY = 0xFFFFFFFF   # the place of a table entry where a block has none
+
+cdef extern from *:
+    """
+    struct fr_lease;
+    """
+    struct fr_lease:
+        pass
+
+
+cdef class Lease:
+    cdef fr_lease* lease
+    cdef char* start                # the whole block, private to this process while the lease lasts
+    cdef uint64_t size_bytes
+
+    cdef fr_lease* share(self) noexcept nogil
+
+
+cdef void drop_lease(fr_lease* lease) noexcept nogil
+
+
+cdef class PeerArena:
+    cdef const char* base
+    cdef readonly uint64_t size_bytes
+    cdef object _memory, _private
+    cdef Holder _holder
+    cdef void* leases
+
+    cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL
+    cdef Lease take(self, uint64_t offset, uint64_t size_bytes, uint32_t index, uint32_t generation,
+                    uint32_t site)

@@ -1,0 +1,191 @@
+"""The borrower's half of the shared carrier: blocks that a peer lends, read in place or leased."""
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from fastref._core cimport FR_FAILPOINT, Holder, failpoints, fr_failpoints_here, fr_holder
+
+from fastref.errors import ProtocolError
+
+__all__ = ["Lease", "PeerArena"]
+
+cdef extern from "fr_lease.h" nogil:
+    struct fr_leases:
+        char* base
+        uint64_t live, pages_written, stuck
+        void* keeper
+    enum:
+        FR_PAGE
+    fr_lease* fr_lease_take(fr_leases*, uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, int*, int*)
+    void fr_lease_share(fr_lease*)
+    void fr_lease_drop(fr_lease*)
+    void fr_leases_detach(fr_leases*)
+    void fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(fr_leases*) noexcept nogil, void*)
+    bint fr_leases_let_go(fr_leases*)
+    void fr_leases_end(fr_leases*)
+    void fr_leases_watch_forks()
+
+cdef extern from "unistd.h" nogil:
+    long sysconf(int)
+    int _SC_PAGESIZE
+
+cdef extern from "Python.h":
+    int Py_IsInitialized() nogil
+    int PyGILState_Check() nogil
+    int Py_AddPendingCall(int (*)(void*), void*) nogil
+
+fr_failpoints_here = failpoints()
+fr_leases_watch_forks()
+
+
+cdef void drop_lease(fr_lease* lease) noexcept nogil:
+    """Let one user of a lease go; any thread, with or without the interpreter lock."""
+    fr_lease_drop(lease)
+
+
+cdef int _let_go(void* keeper) noexcept:
+    """With the interpreter lock: what leases needed is not needed any more."""
+    if fr_leases_let_go(<fr_leases*>(<PeerArena>keeper).leases):
+        Py_DECREF(<PeerArena>keeper)
+    return 0
+
+
+cdef void _let_go_held(void* keeper) noexcept with gil:
+    _let_go(keeper)
+
+
+cdef void _emptied(fr_leases* leases) noexcept nogil:
+    if not Py_IsInitialized():
+        return
+    if PyGILState_Check():
+        _let_go_held(leases.keeper)
+    else:
+        Py_AddPendingCall(_let_go, leases.keeper)  # refused, the mapping stays until the process ends: no more than that
+
+
+@cython.no_gc
+cdef class Lease:
+    """A block that a peer may not use again while this lives; a buffer, whose bytes are this process's own to change.
+
+    Made by ``PeerArena.lease``.
+    """
+
+    cdef fr_lease* share(self) noexcept nogil:
+        """One more user, for ``drop_lease`` to let go."""
+        fr_lease_share(self.lease)
+        return self.lease
+
+    def __dealloc__(self):
+        if self.lease != NULL:
+            fr_lease_drop(self.lease)
+
+    def __len__(self) -> int:
+        return self.size_bytes
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.start, self.size_bytes, False, flags)
+
+
+@cython.no_gc  # as Holder, which it refers to: leases end when they end
+cdef class PeerArena:
+    """Read and lease blocks that a peer lends.
+
+    Parameters
+    ----------
+    memory : buffer
+        The peer's arena, mapped read-only.
+    private : buffer, optional
+        The same, mapped copy-on-write. Without it nothing is leased.
+    holder : Holder, optional
+        What this process holds of the peer's table. Without it nothing is leased.
+    """
+
+    def __cinit__(self, memory, private=None, holder: Holder | None = None):
+        cdef const unsigned char[::1] room = memory
+        cdef unsigned char[::1] own
+        self._memory = memoryview(memory)
+        self.base = <const char*>&room[0]
+        self.size_bytes = room.shape[0]
+        if private is None or holder is None or sysconf(_SC_PAGESIZE) != FR_PAGE:
+            return
+        own = private
+        if own.shape[0] != self.size_bytes:
+            raise ProtocolError(f"an arena of {self.size_bytes} bytes is mapped again with {own.shape[0]}")
+        self._private, self._holder = memoryview(private), holder
+        self.leases = calloc(1, sizeof(fr_leases))
+        if self.leases == NULL:
+            raise MemoryError()
+        fr_leases_begin(<fr_leases*>self.leases, &holder.h, <char*>&own[0], self.size_bytes, _emptied, <void*>self)
+
+    def __dealloc__(self):
+        if self.leases != NULL:
+            fr_leases_end(<fr_leases*>self.leases)
+            free(self.leases)
+
+    cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL:
+        """The bytes of a block whose sender still pins it."""
+        if offset > self.size_bytes or size_bytes > self.size_bytes - offset:
+            raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
+        FR_FAILPOINT("arena.borrowed")
+        return self.base + offset
+
+    cdef Lease take(self, uint64_t offset, uint64_t size_bytes, uint32_t index, uint32_t generation, uint32_t site):
+        """Lease a block whose sender still pins it; None when it has to be copied.
+
+        ``site``: any number for the use of the block. Where blocks are written, those that follow are copied.
+        """
+        cdef Lease lease
+        cdef int why, first
+        if index == NO_ENTRY or self.leases == NULL:
+            return None
+        lease = Lease.__new__(Lease)
+        lease.lease = fr_lease_take(<fr_leases*>self.leases, offset, size_bytes, index, generation, site, &why, &first)
+        if lease.lease == NULL:
+            if why == 1:
+                raise MemoryError()
+            if why == 2:
+                raise ProtocolError(f"a block comes with entry {index} of generation {generation}, which is not open")
+            return None
+        if first:
+            Py_INCREF(self)
+        lease.start, lease.size_bytes = <char*>(<fr_leases*>self.leases).base + offset, size_bytes
+        return lease
+
+    def view(self, offset: int, size_bytes: int) -> memoryview:
+        """Return a read-only view of a block.
+
+        Raises
+        ------
+        ProtocolError
+            When it is not inside the arena.
+        """
+        if offset < 0 or size_bytes < 0:
+            raise ProtocolError(f"a block of {size_bytes} bytes at {offset}")
+        self.borrow(offset, size_bytes)
+        return memoryview(self._memory).cast("B")[offset:offset + size_bytes].toreadonly()
+
+    def lease(self, offset: int, size_bytes: int, index: int, generation: int, site: int = 0) -> Lease | None:
+        """Lease a block whose sender still pins it; None when it can only be viewed, or had better be copied.
+
+        Raises
+        ------
+        ProtocolError
+            When the entry is not open.
+        """
+        return self.take(offset, size_bytes, index, generation, site)
+
+    def detach(self) -> None:
+        """Make what is leased now independent of the peer, page by page; nothing is leased from here on."""
+        if self.leases != NULL:
+            with nogil:
+                fr_leases_detach(<fr_leases*>self.leases)
+
+    def snapshot(self) -> dict:
+        """Plain figures: leases that live, pages written under leases that have ended, leases that cannot end."""
+        cdef fr_leases* leases = <fr_leases*>self.leases
+        if leases == NULL:
+            return dict(leases=0, pages_written=0, stuck=0)
+        return dict(leases=leases.live, pages_written=leases.pages_written, stuck=leases.stuck)
