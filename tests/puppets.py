@@ -315,6 +315,10 @@ def nothing() -> None:
     return None
 
 
+def nothing_with(value: Any) -> None:
+    return None
+
+
 def sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds

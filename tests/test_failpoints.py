@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastref
 import fastref.rpc as rpc
@@ -139,6 +140,9 @@ def call_with_payload(i: int) -> None:
     data = bytes([i % 256]) * 20_000
     assert rpc.rpc_sync("w0", puppets.echo, (data,), timeout=20) == data
     assert rpc.rpc_async("w2", puppets.echo, (data,), timeout=20).wait() == data
+    for to in ("w0", "w2"):  # it is read where it lies
+        tensor = torch.full((20_000,), i)
+        assert torch.equal(rpc.rpc_sync(to, puppets.echo, (tensor,), timeout=20), tensor)
 
 
 def take_from_owner(i: int) -> None:

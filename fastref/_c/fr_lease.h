@@ -179,17 +179,18 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
                                              uint32_t generation, uint32_t site, int *why, int *first)
 {
     struct fr_lease *lease;
+    int closed;
     *why = *first = 0;
     if (!of->base || !of->holder->bit || !size || offset % FR_PAGE || offset > of->size || size > of->size - offset)
         return NULL;
     site = (site ^ site >> 8 ^ site >> 16) % FR_SITES;
     pthread_mutex_lock(&of->lock);
-    if (of->site[site].copies) {
+    closed = of->closed || of->site[site].copies;
+    if (of->site[site].copies)
         of->site[site].copies--;
-        pthread_mutex_unlock(&of->lock);
-        return NULL;
-    }
     pthread_mutex_unlock(&of->lock);
+    if (closed)
+        return NULL;
     lease = malloc(sizeof *lease);
     *why = 1;
     if (!lease)
@@ -200,25 +201,32 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
     lease->of = of;
     lease->start = of->base + offset;
     lease->size = (size + FR_PAGE - 1) / FR_PAGE * FR_PAGE;
-    pthread_mutex_lock(&of->lock);
-    *why = of->closed ? 0 : 2;
     /* The sender pins the entry; looking whether it is open costs nothing beside the block. */
-    if (of->closed || index >= of->holder->at.capacity ||
-        fr_holder_acquire_unpinned(of->holder, index, generation) == FR_LOST) {
-        pthread_mutex_unlock(&of->lock);
+    *why = 2;
+    if (index >= of->holder->at.capacity || fr_holder_acquire_unpinned(of->holder, index, generation) == FR_LOST) {
         free(lease);
         return NULL;
     }
     FR_FAILPOINT("lease.taken");
-    lease->next = of->living;
-    lease->link = &of->living;
-    if (lease->next)
-        lease->next->link = &lease->next;
-    of->living = lease;
-    of->live++;
-    *first = !of->kept;
-    of->kept = 1;
+    pthread_mutex_lock(&of->lock);
+    closed = of->closed;
+    if (!closed) {
+        lease->next = of->living;
+        lease->link = &of->living;
+        if (lease->next)
+            lease->next->link = &lease->next;
+        of->living = lease;
+        of->live++;
+        *first = !of->kept;
+        of->kept = 1;
+    }
     pthread_mutex_unlock(&of->lock);
+    if (closed) { /* meanwhile */
+        fr_holder_release(of->holder, index);
+        free(lease);
+        *why = 0;
+        return NULL;
+    }
     return lease;
 }
 
