@@ -68,7 +68,11 @@ def big(kind: str, value: float) -> Any:
 
 def elements(value: Any) -> Any:
     """Return the tensor or array in a value."""
-    return elements(value["a"] if isinstance(value, dict) else value[0]) if isinstance(value, (list, tuple, dict)) else value
+    return (
+        elements(value["a"] if isinstance(value, dict) else value[0])
+        if isinstance(value, (list, tuple, dict))
+        else value
+    )
 
 
 KINDS = ["tensor", "parameter", "array", "in containers", "transposed", "bfloat16"]
