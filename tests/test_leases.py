@@ -168,7 +168,7 @@ def test_what_is_kept_does_not_change_while_the_sender_goes_on() -> None:
         assert rpc.rpc_sync("w1", keep_sum, (torch.full((SIZE,), float(i)),)) == i * SIZE
     assert rpc.rpc_sync("w1", leases, ("w0",)) == 10
     assert blocks() == 10
-    for i in range(50):
+    for _ in range(50):
         rpc.rpc_sync("w1", work.checksum, (torch.full((SIZE,), -1.0),))
     assert rpc.rpc_sync("w1", sums_kept) == [float(i * SIZE) for i in range(10)]
     assert rpc.rpc_sync("w1", work.drop) == 10

@@ -132,8 +132,8 @@ class Runtime(RuleKeeper):
         table = ReferenceTable(memory.hold, memory.descriptors, memory.capacity, memory.usable)
         super().__init__(
             record.rank, WorkerInfo(name, record.rank), [], inbox, ResponseSlots(memory.slots, SLOTS),
-            Arena(memory.arena, memory.commit_arena, table.holder), table, IdGenerator(record.rank), options.rpc_timeout,
-            thread_cap=options.num_worker_threads,
+            Arena(memory.arena, memory.commit_arena, table.holder), table, IdGenerator(record.rank),
+            options.rpc_timeout, thread_cap=options.num_worker_threads,
         )  # fmt: skip
         try:
             self._link_up(deadline)
@@ -342,7 +342,7 @@ class Runtime(RuleKeeper):
     def _leave(self) -> None:
         _alive.discard(self)
         for peer in self.peers:
-            peer.arena.detach()  # what the program still reads must not change when the peers take us out of their tables
+            peer.arena.detach()  # the peers take us out of their tables; what the program still reads must not change
         for link in self._links.values():
             try:
                 link.send_message("leaving", {})
