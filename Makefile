@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 ASV_ARGS ?=
+CONFORMANCE_ARGS ?=
 FASTREF_DEBUG ?=
 FASTREF_SANITIZE ?=
 export FASTREF_DEBUG FASTREF_SANITIZE
@@ -25,7 +26,7 @@ INSTRUMENTED := LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 endif
 
-.PHONY: demo test gates model tsan fuzz fuzz-decoders debug build lint format types docs \
+.PHONY: demo test conformance gates model tsan fuzz fuzz-decoders debug build lint format types docs \
 	bench-quick clean
 
 demo: build
@@ -33,6 +34,9 @@ demo: build
 
 test: build
 	$(INSTRUMENTED) $(PY) -m pytest $(PYTEST_ARGS)
+
+conformance: build
+	$(INSTRUMENTED) $(PY) -m tests.conformance $(CONFORMANCE_ARGS)
 
 gates: build
 	$(INSTRUMENTED) $(PY) -m pytest -m gates $(PYTEST_ARGS)

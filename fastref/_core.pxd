@@ -39,6 +39,7 @@ cdef extern from "fr_table.h" nogil:
         uint32_t form
         uint32_t size
         uint64_t offset
+        int64_t settled_ns
         char* data
     struct fr_regions:
         uint64_t* hint

@@ -391,6 +391,24 @@ cdef class Holder:
             raise ProtocolError(f"descriptor {index} is in state {state}, which is none")
         return _STATES[state]
 
+    def pending(self) -> int:
+        """Count the entries held here whose value is not there yet."""
+        cdef uint32_t index
+        cdef int count = 0
+        with nogil:
+            for index in range(self.h.at.capacity):
+                if self.h.held[index].count and \
+                        fr_load32_acquire(&self.h.at.descriptors[index].state) == FR_VALUE_PENDING:
+                    count += 1
+        return count
+
+    def let_all_go(self) -> None:
+        """Let every handle and pin of this process go at once; those that are let go of one by one afterwards count not."""
+        cdef uint32_t index
+        for index in range(self.h.at.capacity):
+            while self.h.held[index].count:
+                self.drop(index)
+
     @property
     def entries_held(self) -> int:
         """Entries on which this process has a handle or pin."""

@@ -23,6 +23,8 @@ __all__ = [
     "get_worker_info",
     "init_rpc",
     "is_available",
+    "join",
+    "leave",
     "remote",
     "rpc_async",
     "rpc_sync",
@@ -82,23 +84,29 @@ def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | N
     ------
     ``torch.distributed.rpc.init_rpc``. Different on purpose: it returns a context manager.
     """
-    global _joined
     options = RpcBackendOptions() if rpc_backend_options is None else rpc_backend_options
     if not isinstance(options, RpcBackendOptions):
         raise TypeError("Argument rpc_backend_options must be an instance of RpcBackendOptions")
     if backend is not None:
         raise TypeError("Argument backend must be a member of BackendType")
+    join(name, rank, world_size, options)
+    return Session()
+
+
+@cython.annotation_typing(False)
+def join(name: str, rank: int, world_size: int | None, options: RpcBackendOptions, store: Any = None) -> None:
+    """Join a job, over a store that is there or over the one that the init method leads to."""
+    global _joined
     with _joining:
         if current_wiring() is not None:
             current_wiring().check_process()
             raise UsageError("RPC is already initialized")
         try:
-            Runtime(name, rank, world_size, options, count=_joined, before_serving=set_current_wiring)
+            Runtime(name, rank, world_size, options, store, count=_joined, before_serving=set_current_wiring)
         except BaseException:
             set_current_wiring(None)
             raise
         _joined += 1
-    return Session()
 
 
 def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:
@@ -121,12 +129,17 @@ def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:
     ``torch.distributed.rpc.shutdown``. Different on purpose: ``timeout`` covers all of it, dead workers are not waited
     for, and a second call does nothing.
     """
+    leave(graceful, timeout)
+
+
+def leave(graceful: bool, timeout: float, **steps: Any) -> None:
+    """As ``shutdown``; ``steps`` are those of ``Runtime.shutdown`` that are to be others."""
     runtime = current_wiring()
     if runtime is None:
         return
     runtime.check_process()
     try:
-        runtime.shutdown(graceful, timeout)
+        runtime.shutdown(graceful, timeout, **steps)
     finally:
         if current_wiring() is runtime:
             set_current_wiring(None)

@@ -29,10 +29,18 @@ class WorkerInfo:
         Unique in the job.
     id : int
         The rank, 0 <= id < world_size.
+
+    Raises
+    ------
+    UsageError
+        When no worker may be called so.
     """
 
     name: str
     id: int
+
+    def __post_init__(self) -> None:
+        check_worker_name(self.name)
 
     def __hash__(self) -> int:
         return self.id

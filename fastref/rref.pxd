@@ -16,7 +16,7 @@ cdef class OwnedValue:
     cdef readonly object value
     cdef readonly object error
     cdef list waiters
-    cdef readonly object future
+    cdef uint64_t name              # of the reference it was made for: created_on << 48 | local_id
 
     cdef void settle(self, uint32_t state)
 
@@ -24,6 +24,7 @@ cdef class OwnedValue:
 cdef class Wiring:
     cdef readonly uint16_t rank
     cdef readonly bint closed
+    cdef public bint users_deleted  # no handle on a value elsewhere may be used any more
     cdef unsigned fork_count
 
     cdef int check(self) except -1
@@ -32,6 +33,8 @@ cdef class Wiring:
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)
     cdef object worker(self, uint16_t rank)
     cdef bint confirmed(self, RRef rref) except -1
+    cdef object confirmation(self, RRef rref)
+    cdef object type_of(self, RRef rref, double timeout_s)
 
 
 cdef enum:
@@ -48,6 +51,8 @@ cdef class RRef:
     cdef readonly str type_str
     cdef int64_t value_deadline_ns  # of a remote() with a timeout of its own; 0: none
     cdef object creation            # what went wrong when it was made, or None
+    cdef object type_future         # of the value's type, once somebody has asked
+    cdef object profiling_future
     cdef object __weakref__
 
     cdef int _usable(self, what) except -1

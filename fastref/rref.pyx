@@ -5,7 +5,7 @@ references stay below channels, codec and threads.
 """
 
 cimport cython
-from libc.stdint cimport uint16_t, uint32_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from fastref._core cimport Holder, fr_fork
 from fastref._core import GloballyUniqueId
@@ -53,6 +53,11 @@ def set_current_wiring(wiring) -> None:
 cdef class OwnedValue:
     """A value on its owner: pending, then ready with a value or failed with an exception."""
 
+    @property
+    def rref_id(self) -> GloballyUniqueId:
+        """Name of the reference that it was made for."""
+        return GloballyUniqueId(self.name >> 48, self.name & (<uint64_t>1 << 48) - 1)
+
     cdef void settle(self, uint32_t state):
         """Tell threads and parked requests that the value is there. The value or error has been stored."""
         fr_store32_release(&self.settled, state)
@@ -83,6 +88,14 @@ cdef class Wiring:
         raise NotImplementedError
 
     cdef bint confirmed(self, RRef rref) except -1:
+        raise NotImplementedError
+
+    cdef object confirmation(self, RRef rref):
+        """A future that is done when the value is there, or never will be."""
+        raise NotImplementedError
+
+    cdef object type_of(self, RRef rref, double timeout_s):
+        """A future of the value's type."""
         raise NotImplementedError
 
     def new_local(self, rref, value, type_hint):
@@ -135,7 +148,7 @@ cdef class RRef:
 
     cdef int _usable(self, what) except -1:
         self.wiring.check()
-        if self.wiring.closed and self.owned is None:
+        if (self.wiring.closed or self.wiring.users_deleted) and self.owned is None:
             raise UsageError(f"{self._describe()} has been deleted. Cannot call {what} on it after deletion.")
         return 0
 
@@ -214,6 +227,43 @@ cdef class RRef:
     def rref_id(self) -> GloballyUniqueId:
         """Name of the reference in the whole job."""
         return GloballyUniqueId(self.fork.rref_created_on, self.fork.rref_local)
+
+    def _get_type(self, timeout: float = -1.0, blocking: bool = True):
+        """Return the type of the value, or, not blocking, a future of it; asked for once, unless that fails."""
+        self._usable("_get_type()")
+        if self.type_future is not None and self.type_future.done():
+            try:
+                self.type_future.value()
+            except Exception:
+                self.type_future = None  # what failed once, by a short timeout for example, may be asked again
+        if self.type_future is None:
+            self.type_future = self.wiring.type_of(self, timeout)
+        return self.type_future.wait() if blocking else self.type_future
+
+    def _get_future(self):
+        """Return a future that is done when the value is there; it raises what kept the value from being made."""
+        self._usable("_get_future()")
+        return self.wiring.confirmation(self)
+
+    def _get_profiling_future(self):
+        return self.profiling_future
+
+    def _set_profiling_future(self, future) -> None:
+        self.profiling_future = future
+
+    def _serialize(self) -> tuple:
+        """Return torch's fork data of this handle, for programs that look at it; what travels is made by the runtime.
+
+        Raises
+        ------
+        UsageError
+            After ``shutdown``.
+        """
+        self.wiring.check()
+        if self.wiring.closed or self.wiring.users_deleted:
+            raise UsageError(f"{self._describe()} has been deleted. Cannot call fork an UserRRef after deletion.")
+        return (self.fork.owner, self.fork.rref_created_on, self.fork.rref_local, self.fork.fork_created_on,
+                self.fork.fork_local, self.fork.parent, self.type_str or "PyObject")
 
     cdef str _describe(self):
         return (f"UserRRef(rref_id=GloballyUniqueId(created_on={self.fork.rref_created_on}, local_id={self.fork.rref_local}), "

@@ -115,8 +115,8 @@ def touch_all_in_child() -> dict[str, Any]:
     return run_in_child(touch)
 
 
-def start_pair(troupe: Troupe) -> list[puppets.Puppet]:
-    pair = troupe.start(2)
+def start_pair(troupe: Troupe, job: str = "") -> list[puppets.Puppet]:
+    pair = troupe.start(2, job)
     pair[0].do(own_a_bit_of_everything)
     return pair
 

@@ -180,15 +180,15 @@ ALICE, BOB = r"'alice' \(rank 0, pid \d+\)", r"'bob' \(rank 1, pid \d+\)"
 MISTAKES: dict[str, tuple[list[tuple[Any, ...]], str]] = {
     "duplicate rank": (
         [("alice", 0, 3), ("bob", 1, 3), ("carol", 1, 3)],
-        rf"two workers of job 'JOB' claim rank 1: ({BOB} and 'carol' \(rank 1, .*\)|'carol' .* and {BOB})",
+        rf"two workers of job 'JOB' claim rank 1, .* unique: ({BOB} and 'carol' \(rank 1, .*\)|'carol' .* and {BOB})",
     ),
     "duplicate name": (
         [("alice", 0, 3), ("bob", 1, 3), ("bob", 2, 3)],
-        rf"two workers of job 'JOB' claim the name 'bob': {BOB} and 'bob' \(rank 2, pid \d+\)",
+        rf"two workers of job 'JOB' claim the name 'bob', which is not unique: {BOB} and 'bob' \(rank 2, pid \d+\)",
     ),
     "the name of the coordinator": (
         [("alice", 0, 2), ("alice", 1, 2)],
-        rf"two workers of job 'JOB' claim the name 'alice': {ALICE} and 'alice' \(rank 1, pid \d+\)",
+        rf"two workers of job 'JOB' claim the name 'alice', .* unique: {ALICE} and 'alice' \(rank 1, pid \d+\)",
     ),
     "different world sizes": (
         [("alice", 0, 2), ("bob", 1, 3)],
@@ -208,7 +208,7 @@ MISTAKES: dict[str, tuple[list[tuple[Any, ...]], str]] = {
     ),
     "two coordinators": (
         [("alice", 0, 3), ("alice", 0, 3), ("bob", 1, 3)],
-        rf"two workers of job 'JOB' claim rank 0: {ALICE} and {ALICE}",
+        rf"two workers of job 'JOB' claim rank 0, which is not unique: {ALICE} and {ALICE}",
     ),
 }
 

@@ -378,7 +378,7 @@ def test_leaving_at_any_moment_in_any_order_hangs_nobody(spawn_workers: Start, n
 
 MISTAKES: dict[str, tuple[list[dict[str, Any]], str]] = {
     "one name twice": ([{"name": "w0", "rank": 0}, {"name": "w0", "rank": 1}], "two workers .* claim the name 'w0'"),
-    "one rank twice": ([{"name": "w0", "rank": 0}, {"name": "w1", "rank": 0}], "claim rank 0: .*w0.*and.*w1"),
+    "one rank twice": ([{"name": "w0", "rank": 0}, {"name": "w1", "rank": 0}], "claim rank 0, .*w0.*and.*w1"),
     "worlds of two sizes": ([{"name": "w0", "rank": 0}, {"name": "w1", "rank": 1, "world_size": 3}], "differ in world"),
     "a rank too high": ([{"name": "w0", "rank": 0}, {"name": "w5", "rank": 5}], "out of range"),
     "nobody else": ([{"name": "w0", "rank": 0}], "only 1 of 2 workers"),

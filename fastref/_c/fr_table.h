@@ -31,7 +31,7 @@ struct fr_descriptor {       /* 128 bytes; the owner writes */
     uint32_t form;           /* FR_FORM_* */
     uint32_t size;           /* bytes of the encoded value */
     uint64_t offset;         /* FR_FORM_BLOCK: where in the arena */
-    uint64_t unused;
+    int64_t settled_ns;      /* CLOCK_MONOTONIC, when the value came or failed; before the state */
     char data[FR_INLINE_VALUE];
 };
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -15,9 +16,18 @@ import cloudpickle
 import torch
 
 from fastref.codec import mainmodule
+from fastref.codec.script import reduce_script_function
 from fastref.rref import RRef
 
-__all__ = ["dumps", "loads"]
+__all__ = ["dumps", "loads", "register_reducer"]
+
+KEEPS_GAPS_UNTIL = 16384  # bytes; of a larger view with gaps the elements alone travel
+_reducers: dict[type, Callable[[Any], Any]] = {torch.jit.ScriptFunction: reduce_script_function}
+
+
+def register_reducer(kind: type, reducer: Callable[[Any], Any]) -> None:
+    """Have ``reducer`` say how values of exactly this class are pickled in calls. The first one for a class counts."""
+    _reducers.setdefault(kind, reducer)
 
 
 def dumps(value: Any, references: list, shares_main: bool = False) -> tuple[bytes, list[memoryview]]:
@@ -81,6 +91,8 @@ class _Reducing:
         if kind is RRef:
             self.references.append(value)
             return _reference, (len(self.references) - 1,)
+        if kind in _reducers:
+            return _reducers[kind](value)
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             return _reduce_tensor(value)
         if (kind is FunctionType or isinstance(value, type)) and mainmodule.owns(value):
@@ -123,22 +135,66 @@ def _reference(number: int) -> RRef:
 def _reduce_tensor(tensor: torch.Tensor) -> Any:
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_cpu:
         return NotImplemented  # torch's own way
-    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    whole, order = _in_memory_order(tensor.detach().resolve_conj().resolve_neg())
     flat = whole.reshape(-1)
     if flat.numel() == 1 and flat.stride(0) != 1:  # contiguous, torch says, whatever the stride of a single element is
         flat = torch.empty(1, dtype=flat.dtype).copy_(flat)
     memory: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     kind = torch.nn.Parameter if type(tensor) is torch.nn.Parameter else None
-    return _rebuild_tensor, (pickle.PickleBuffer(memory), whole.dtype, tuple(whole.shape), tensor.requires_grad, kind)
+    strides = _gaps(tensor) if order is None else None
+    shape = tuple(whole.shape)
+    return _rebuild_tensor, (
+        pickle.PickleBuffer(memory),
+        whole.dtype,
+        shape,
+        tensor.requires_grad,
+        kind,
+        order,
+        strides,
+    )
+
+
+def _gaps(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the strides of a small tensor with gaps between its elements; programs for torch look at them."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return None
+    reach = 1  # elements from the first to the last of the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return None  # elements overlap
+            reach += stride * (size - 1)
+    return tensor.stride() if reach * tensor.element_size() <= KEEPS_GAPS_UNTIL else None
+
+
+def _in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
+    """Return a contiguous view of a tensor without gaps and the order of its dimensions there, or a contiguous copy."""
+    if not tensor.is_contiguous() and tensor.numel():
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+        turned = tensor.permute(order)
+        if turned.is_contiguous():
+            return turned, tuple(order)
+    return tensor.contiguous(), None
 
 
 def _rebuild_tensor(
-    memory: Any, dtype: torch.dtype, shape: tuple, requires_grad: bool, kind: type[torch.nn.Parameter] | None
+    memory: Any,
+    dtype: torch.dtype,
+    shape: tuple,
+    requires_grad: bool,
+    kind: type[torch.nn.Parameter] | None,
+    order: tuple[int, ...] | None,
+    strides: tuple[int, ...] | None,
 ) -> torch.Tensor:
     if len(memory):
         tensor = torch.frombuffer(memory, dtype=dtype).reshape(shape)
     else:
         tensor = torch.empty(shape, dtype=dtype)
+    if order is not None:
+        tensor = tensor.permute([order.index(dim) for dim in range(len(order))])
+    if strides is not None:
+        tensor = torch.empty_strided(shape, strides, dtype=dtype).copy_(tensor)
     if kind is not None:
         return kind(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)

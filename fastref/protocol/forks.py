@@ -139,6 +139,10 @@ class OwnerForks:
         """Forks of all entries."""
         return sum(map(len, self._forks.values()))
 
+    def holders(self) -> dict[int, int]:
+        """How many forks each entry has: index -> forks."""
+        return {entry[0]: len(held) for entry, held in self._forks.items() if held}
+
     def _register(self, entry: Entry, fork: int, holder: int) -> list[Mark]:
         held = self._forks.setdefault(entry, {})
         first = not held

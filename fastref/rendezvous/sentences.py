@@ -25,7 +25,7 @@ def duplicate(job: str, one: WorkerRecord, other: WorkerRecord) -> str:
     # In one order, so that both sides say the same when both find out.
     first, second = sorted((one, other), key=lambda record: (record.rank, record.pid, record.instance))
     what = f"rank {first.rank}" if first.rank == second.rank else f"the name {first.name!r}"
-    return f"two workers of job {job!r} claim {what}: {first} and {second}"
+    return f"two workers of job {job!r} claim {what}, which is not unique: {first} and {second}"
 
 
 def world_sizes_differ(job: str, one: WorkerRecord, other: WorkerRecord) -> str:

@@ -1,16 +1,60 @@
 """``torch.distributed.rpc``'s names: ``import fastref.rpc as rpc`` is the migration."""
 
-from fastref.api import get_worker_info, init_rpc, is_available, remote, rpc_async, rpc_sync, shutdown
+from fastref.api import get_worker_info, is_available, remote, rpc_async, rpc_sync
 from fastref.options import RpcBackendOptions, WorkerInfo
+from fastref.rpc import api, backend_registry, constants, functions, internal, options
+from fastref.rpc.agent import RpcAgent, TensorPipeAgent
+from fastref.rpc.api import AllGatherStates, get_rpc_timeout, shutdown
+from fastref.rpc.api import _delete_all_user_and_unforked_owner_rrefs as _delete_all_user_and_unforked_owner_rrefs
+from fastref.rpc.api import _destroy_rref_context as _destroy_rref_context
+from fastref.rpc.api import _get_current_rpc_agent as _get_current_rpc_agent
+from fastref.rpc.api import _is_current_rpc_agent_set as _is_current_rpc_agent_set
+from fastref.rpc.api import _set_rpc_timeout as _set_rpc_timeout
+from fastref.rpc.api import _wait_all as _wait_all
+from fastref.rpc.backend_registry import (
+    BackendType,
+    BackendValue,
+    backend_registered,
+    construct_rpc_backend_options,
+    init_backend,
+    register_backend,
+)
+from fastref.rpc.debugging import _get_debug_info as _get_debug_info
+from fastref.rpc.debugging import _rref_context_get_debug_info as _rref_context_get_debug_info
+from fastref.rpc.debugging import enable_gil_profiling
+from fastref.rpc.joining import _init_rpc_backend as _init_rpc_backend
+from fastref.rpc.joining import init_rpc
+from fastref.rpc.options import TensorPipeRpcBackendOptions
 from fastref.rref import RRef
 
+PyRRef = RRef
+
 __all__ = [
+    "AllGatherStates",
+    "BackendType",
+    "BackendValue",
+    "PyRRef",
     "RRef",
+    "RpcAgent",
     "RpcBackendOptions",
+    "TensorPipeAgent",
+    "TensorPipeRpcBackendOptions",
     "WorkerInfo",
+    "api",
+    "backend_registered",
+    "backend_registry",
+    "construct_rpc_backend_options",
+    "constants",
+    "enable_gil_profiling",
+    "functions",
+    "get_rpc_timeout",
     "get_worker_info",
+    "init_backend",
     "init_rpc",
+    "internal",
     "is_available",
+    "options",
+    "register_backend",
     "remote",
     "rpc_async",
     "rpc_sync",

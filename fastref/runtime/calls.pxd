@@ -33,6 +33,7 @@ cdef class Caller(Post):
     cdef dict pending                   # call -> Pending
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting
+    cdef public object collector        # called with each new future while somebody collects them; None
     cdef public int64_t next_expiry_ns  # no pending call ends before
 
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,

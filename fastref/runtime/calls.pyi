@@ -1,5 +1,6 @@
 """Types of the compiled ``fastref.runtime.calls``."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastref.futures import Future
@@ -22,6 +23,7 @@ class Pending:
 
 class Caller(Post):
     next_expiry_ns: int
+    collector: Callable[[Future[Any]], None] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     @property

@@ -397,6 +397,8 @@ cdef class Caller(Post):
             self.pending.pop(pending.call, None)
             raise
         self.encoder_done(body)
+        if self.collector is not None:
+            self.collector(future)
         if pending.peer.is_dead and self.pending.pop(pending.call, None) is not None:
             pending.settle(None, peer.died_error(target is not None))  # it died after the sweep over pending calls
         return future

@@ -20,7 +20,8 @@ cdef class Job:
     cdef const char* start
     cdef uint64_t size
     cdef object failure         # or why it cannot be run
-    cdef bint parked            # it waits for a value
+    cdef bint parked            # it waits for a value, or for the future that its function returned
+    cdef bint answers_later     # its function returns a future of the answer
 
     cdef const char* undecoded(self, uint64_t* size) noexcept
     cdef void decoded(self) noexcept
@@ -29,7 +30,12 @@ cdef class Job:
 cdef class Executor(ReferenceCaller):
     cdef public uint64_t values_published
 
+    cdef readonly uint64_t futures_awaited  # functions marked by async_execution that have returned, but not answered
+
     cdef Encoder execute(self, Job job, int* flags)
+    cdef Encoder conclude(self, Job job, object result, int* flags)
+    cdef Encoder conclude_failed(self, Job job, object error, int* flags)
+    cdef int _answer_when_done(self, Job job, object future) except -1
     cdef int unpark(self, list jobs) except -1
     cdef void answered_to(self, uint32_t cpu) noexcept
     cdef object call_target(self, Job job)

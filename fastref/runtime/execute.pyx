@@ -3,13 +3,18 @@
 Whatever runs code of the program, an unpickling too, is called without the drain token; ``answer`` may hold it.
 """
 
+import functools
 import logging
 
+import torch
+from torch.jit._builtins import _find_builtin
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastref._core cimport FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_acquire, fr_load32_relaxed, fr_store32_relaxed
+from fastref._core cimport FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_acquire, fr_load32_relaxed, fr_now_ns, fr_store32_relaxed
 from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
 from fastref.codec.payload cimport Encoder
 from fastref.codec.stream cimport encode_value
@@ -28,6 +33,16 @@ __all__ = ["Executor", "Job"]
 fr_failpoints_here = failpoints()
 
 logger = logging.getLogger("fastref")
+
+cdef extern from "Python.h":
+    ctypedef struct PyFunctionObject:
+        PyObject* func_dict
+    bint PyFunction_Check(object)
+    bint PyMethod_Check(object)
+    bint PyCFunction_Check(object)
+    PyObject* PyMethod_GET_FUNCTION(object)
+
+cdef str MARK = "_wrapped_async_rpc_function"
 
 cdef enum:
     LARGEST_PUBLISHED = 1 << 20
@@ -87,15 +102,30 @@ cdef class Executor(ReferenceCaller):
                     if self._parks(rref.owned, job):
                         return None
                 result = self.call_target(job)
-            if job.head.kind == PYTHON_REMOTE_CALL:
-                rref = job.references[0]
-                self.settle_value(rref.owned, rref.fork.index, result, None)
+            if job.answers_later:
+                self._answer_when_done(job, result)
                 return None
-            body = self.encoder()
-            flags[0] = self.encode_any(body, result, job.peer.shares_main)
-            return body
+            return self.conclude(job, result, flags)
         except BaseException as error:
-            failure = encode_failure(error, self.info)
+            return self.conclude_failed(job, error, flags)
+
+    cdef Encoder conclude(self, Job job, object result, int* flags):
+        """What a job's function returned: keep it, or return its encoding as the answer."""
+        cdef RRef rref
+        cdef Encoder body
+        if job.head.kind == PYTHON_REMOTE_CALL:
+            rref = job.references[0]
+            self.settle_value(rref.owned, rref.fork.index, result, None)
+            return None
+        body = self.encoder()
+        flags[0] = self.encode_any(body, result, job.peer.shares_main)
+        return body
+
+    cdef Encoder conclude_failed(self, Job job, object error, int* flags):
+        """As ``conclude``, of a function that raised, or whose result cannot travel."""
+        cdef RRef rref
+        cdef Encoder body
+        failure = encode_failure(error, self.info)
         if job.head.kind == PYTHON_REMOTE_CALL:
             if job.references and job.references[0] is not None:
                 rref = job.references[0]
@@ -105,6 +135,41 @@ cdef class Executor(ReferenceCaller):
         body = self.encoder()
         body.raw(<const char*>(<bytes>failure), len(failure))
         return body
+
+    cdef int _answer_when_done(self, Job job, object future) except -1:
+        """A function marked by ``async_execution`` has returned: its answer is the result of a future. No thread waits."""
+        if not isinstance(future, torch._C.Future):  # what ``then`` returns is one, and no torch.futures.Future
+            kind = type(future)
+            raise TypeError("Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
+                            f"{kind.__module__}.{kind.__qualname__}")
+        job.parked = True  # it is not served yet
+        self.futures_awaited += 1
+        try:
+            future.add_done_callback(functools.partial(self._future_done, job))
+        except BaseException:
+            self.futures_awaited -= 1
+            job.parked = False
+            raise
+        return 0
+
+    def _future_done(self, job: Job, future) -> None:
+        cdef Job done = job
+        cdef Encoder body
+        cdef int flags = 0
+        try:
+            try:
+                body = self.conclude(done, future.value(), &flags)
+            except BaseException as error:
+                body = self.conclude_failed(done, error, &flags)
+            if body is not None:
+                try:
+                    self.answer(done, body, flags)
+                except PeerError as error:
+                    logger.debug("nobody is left to answer: %s", error)
+                self.encoder_done(body)
+        finally:
+            self.calls_served += 1
+            self.futures_awaited -= 1
 
     cdef int unpark(self, list jobs) except -1:
         """Queue jobs whose value is there now."""
@@ -128,6 +193,14 @@ cdef class Executor(ReferenceCaller):
         else:
             func, args, kwargs = job.body
         job.body = None
+        job.answers_later = _is_marked(func)
+        if PyCFunction_Check(func):
+            try:
+                return func(*args, **(kwargs or {}))
+            except TypeError as error:
+                if "invalid combination of arguments" in str(error) and _find_builtin(func):
+                    raise RuntimeError(f"Overloaded torch operator invoked from Python failed to match any schema: {error}") from error
+                raise
         if kwargs is None:
             return func(*args)
         return func(*args, **kwargs)
@@ -157,6 +230,7 @@ cdef class Executor(ReferenceCaller):
         if owned.settled != VALUE_PENDING:
             raise ProtocolError(f"entry {index} has a value already")
         owned.value, owned.error = value, error
+        self.table.at.descriptors[index].settled_ns = fr_now_ns()  # plain: published by the state
         if error is not None:
             owned.settle(VALUE_FAILED)
             self.table.set_state(index, "failed")
@@ -290,6 +364,15 @@ cdef class Executor(ReferenceCaller):
             if not self.slots.waits_for(job.head.slot, job.head.call):
                 self.arrived.pop(job.head.call, None)  # the caller has given up
         return 0
+
+
+cdef bint _is_marked(object func) except -1:
+    """Whether ``async_execution`` marked a function; of most the dict need not even be looked at."""
+    if PyMethod_Check(func):
+        func = <object>PyMethod_GET_FUNCTION(func)
+    if PyFunction_Check(func):
+        return (<PyFunctionObject*>func).func_dict != NULL and MARK in <object>(<PyFunctionObject*>func).func_dict
+    return not isinstance(func, type) and hasattr(func, MARK)
 
 
 cdef bint _immutable(object value, int depth) except -1:

@@ -102,7 +102,7 @@ cdef class Post(Wiring):
 
     cdef object worker(self, uint16_t rank):
         peer = self.peers[rank] if rank < len(self.peers) else None
-        return peer.info if peer is not None else WorkerInfo("", rank)
+        return peer.info if peer is not None else WorkerInfo(f"unknown-{rank}", rank)
 
     cdef Peer peer_of(self, object to):
         """The peer that ``to`` names: a name, a rank or a WorkerInfo."""
@@ -312,6 +312,7 @@ cdef class Post(Wiring):
             try:
                 block.index, block.generation = self.open_entry()
                 self.arena.pin(offset, block.index)
+                self.table.set_state(block.index, "ready")  # nothing will be made for it
             except ResourceError:
                 pass  # all entries are in use: the peer copies
         return True
@@ -328,6 +329,8 @@ cdef class Post(Wiring):
             rref = <RRef>item
             if rref.creation is not None:
                 raise rref.creation
+            if self.users_deleted and rref.owned is None:
+                rref._serialize()  # says so
             if rref.wiring is not self:
                 raise UsageError(f"{rref!r} belongs to another runtime, or to one that was shut down")
             if rref.holder is None:

@@ -14,4 +14,5 @@ cdef class ReferenceCaller(Caller):
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef RRef own_pending(self, fr_fork* fork)
     cdef tuple credit(self, Peer peer, int64_t deadline_ns)
+    cdef object _ask(self, RRef rref, object question, double timeout_s)
     cdef object read_published(self, RRef rref, Peer peer)

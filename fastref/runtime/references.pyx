@@ -16,6 +16,8 @@ from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RRE
 
 from fastref.codec.failures import decode_failure
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError
+from fastref.futures import Future
+from fastref.runtime.questions import _is_there, _rref_typeof_on_owner
 
 __all__ = ["ReferenceCaller"]
 
@@ -102,6 +104,7 @@ cdef class ReferenceCaller(Caller):
     cdef RRef own_pending(self, fr_fork* fork):
         """A reference to a value of our own that is not there yet."""
         cdef OwnedValue owned = OwnedValue.__new__(OwnedValue)
+        owned.name = <uint64_t>fork.rref_created_on << 48 | fork.rref_local
         fork.index, fork.generation = self.open_entry()
         self.own(fork.index, owned)
         return make_rref(self, self.table.holder, fork, owned, None)
@@ -114,7 +117,7 @@ cdef class ReferenceCaller(Caller):
             raise UsageError("Should not provide type_hint for a value that is not a ScriptModule")
         handle.wiring = self
         handle.owned = OwnedValue.__new__(OwnedValue)
-        handle.owned.value = value
+        handle.owned.value, handle.owned.name = value, number
         handle.owned.settled = VALUE_READY
         memset(&handle.fork, 0, sizeof(fr_fork))
         handle.fork.owner = handle.fork.parent = handle.fork.rref_created_on = handle.fork.fork_created_on = self.rank
@@ -192,6 +195,8 @@ cdef class ReferenceCaller(Caller):
                 fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
         if fr_load32_acquire(&peer.died):
             raise peer.died_error(True)
+        if rref.value_deadline_ns and fr_load32_acquire(&d.state) != FR_VALUE_PENDING and d.settled_ns > rref.value_deadline_ns:
+            self._creation_timed_out(peer)
         if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
             return self.read_published(rref, peer)
         if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
@@ -224,8 +229,33 @@ cdef class ReferenceCaller(Caller):
             return self.decode_any(d.data, size, 0, _NOTHING, None)
         return self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING, None)
 
+    cdef object confirmation(self, RRef rref):
+        cdef double timeout_s = 0
+        if rref.creation is None and rref.value_deadline_ns:
+            timeout_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9)
+        return self._ask(rref, _is_there, timeout_s)
+
+    cdef object type_of(self, RRef rref, double timeout_s):
+        return self._ask(rref, _rref_typeof_on_owner, timeout_s)
+
+    cdef object _ask(self, RRef rref, object question, double timeout_s):
+        """A future of what the owner of a value says about it."""
+        cdef bint settled = rref.owned is not None and rref.owned.settled != VALUE_PENDING
+        if rref.creation is None and not settled:
+            return self.call_async(<Peer>self.peers[rref.fork.owner], question, None, None, (rref,), None, timeout_s)
+        future = Future()
+        try:
+            if rref.creation is not None:
+                raise rref.creation
+            future.set_result(question(rref))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
     cdef bint confirmed(self, RRef rref) except -1:
         cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        if rref.fork.parent != self.rank:
+            return True  # who was handed it holds its bit, which the owner sees; no word from there is needed
         return rref.creation is None and fr_load32_acquire(&d.state) != FR_VALUE_PENDING
 
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):

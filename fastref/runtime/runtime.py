@@ -283,7 +283,13 @@ class Runtime(RuleKeeper):
 
     # ---- the end
 
-    def shutdown(self, graceful: bool = True, timeout_s: float = 0.0) -> None:
+    def shutdown(
+        self,
+        graceful: bool = True,
+        timeout_s: float = 0.0,
+        wait: Callable[[float], None] | None = None,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         """Leave the job; idempotent, from any thread.
 
         Parameters
@@ -292,6 +298,10 @@ class Runtime(RuleKeeper):
             Wait until all workers have called it and no call is under way anywhere. Dead workers are not waited for.
         timeout_s : float
             Seconds for all of it; 0: as long as it takes.
+        wait : callable
+            Called with ``timeout_s`` instead of ``wait_for_all``, when graceful.
+        settle : callable
+            Called in between, when graceful.
 
         Raises
         ------
@@ -303,11 +313,20 @@ class Runtime(RuleKeeper):
             return
         try:
             if graceful:
-                self._wait_until_quiet(time.monotonic() + timeout_s if timeout_s else math.inf)
+                (wait or self.wait_for_all)(timeout_s)
+                settle()
         finally:
             self._leave()
 
-    def _wait_until_quiet(self, deadline: float) -> None:
+    def wait_for_all(self, timeout_s: float = 0.0) -> None:
+        """Wait until all workers have called this and no call is under way anywhere; dead workers are not waited for.
+
+        Raises
+        ------
+        CallTimeout
+            When others have not called it after ``timeout_s`` seconds, unless that is 0.
+        """
+        deadline = time.monotonic() + timeout_s if timeout_s else math.inf
         while True:
             self._wait_until_idle(deadline)
             with self._round_heard:
@@ -322,6 +341,58 @@ class Runtime(RuleKeeper):
                         raise self._not_quiet(self._rounds.missing())
                 if self._rounds.is_quiet():
                     return
+
+    def delete_user_references(self) -> None:
+        """Let go of every value that lives elsewhere; handles on them can only be dropped from here on."""
+        self.users_deleted = True
+        for peer in self.peers:
+            if peer.rank != self.rank:
+                peer.arena.detach()  # leases are holds like others; what the program still reads must not change
+                peer.holder.let_all_go()
+                self._delete_what_is_gone(peer)
+
+    def wait_for_others_to_let_go(self, timeout_s: float) -> bool:
+        """Wait until nobody else holds a value that lives here; False when somebody does after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while self.references_of_others():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
+
+    def references_of_others(self) -> dict[int, list[int]]:
+        """Return which values here others still hold: entry -> ranks; -1 stands for those who hold by messages."""
+        self.sweep()
+        held = {}
+        for index, entry in self.table.snapshot()["entries"].items():
+            ranks = [rank for rank in range(self.bits) if entry["word"] >> rank & 1]
+            if entry["word"] >> 62 & 1:
+                ranks.append(-1)
+            if ranks and index not in self.credit_of and index < len(self.owned) and self.owned[index] is not None:
+                held[index] = ranks
+        return held
+
+    def reference_counts(self) -> dict[str, int]:
+        """Return torch's counters of references.
+
+        Returns
+        -------
+        dict
+            ``num_owner_rrefs``: values here that others hold; ``num_forks``: their holders; ``num_pending_users``:
+            values elsewhere that are held here and are not there yet, or whose owner has not answered a request for a
+            fork; ``num_pending_futures``: bookkeeping frames that wait for room in a ring.
+        """
+        held = self.references_of_others()
+        elsewhere = [peer for peer in self.peers if peer.rank != self.rank]
+        with self._rules:
+            abroad, waiting = self._owner_forks.holders(), self._user_forks.waiting()
+        forks = sum(rank >= 0 for ranks in held.values() for rank in ranks)
+        return {
+            "num_owner_rrefs": len(held),
+            "num_forks": forks + sum(count for index, count in abroad.items() if index in held),
+            "num_pending_users": sum(peer.holder.pending() for peer in elsewhere if not peer.is_dead) + waiting,
+            "num_pending_futures": sum(peer.snapshot()["outgoing"] for peer in elsewhere),
+        }
 
     def _wait_until_idle(self, deadline: float) -> None:
         pause_s = 0.0002

@@ -47,6 +47,8 @@ cdef class Server(Executor):
     cdef readonly object watched                 # dead workers whose last records are still to be read
     cdef object controls                # bookkeeping frames to act on once the inbox is at rest
     cdef public uint64_t calls_served
+    cdef public bint gil_is_profiled
+    cdef readonly int64_t gil_waits, gil_waited_ns  # how often and how long a woken leader waited for it
     cdef readonly dict credit_of        # index -> rank for whose remote() the entry is open
 
     cdef int lead(self) except -1

@@ -13,8 +13,13 @@ __all__ = ["Server"]
 class Server(Executor):
     thread_cap: int
     calls_served: int
+    gil_is_profiled: bool
 
     def __init__(self, *args: Any, thread_cap: int = 16, **kwargs: Any) -> None: ...
+    @property
+    def gil_waits(self) -> int: ...
+    @property
+    def gil_waited_ns(self) -> int: ...
     @property
     def running(self) -> int: ...
     @property

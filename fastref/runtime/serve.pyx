@@ -15,7 +15,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from fastref._core cimport (FR_FAILPOINT, FR_LOST, FR_NO_CPU, failpoints, fr_failpoints_here, fr_fork,
-                            fr_store32_relaxed)
+                            fr_now_ns, fr_store32_relaxed)
 from fastref.carriers.borrow cimport Lease
 from fastref.channels.channel cimport Arrival
 from fastref.codec.payload cimport Encoder
@@ -85,8 +85,9 @@ cdef class Server(Executor):
         return list(self._threads)
 
     def is_busy(self) -> bool:
-        """True while a call is in this process: running, queued, or not read yet."""
-        return bool(self.running or self.queue or self.completions or self.errands or self.controls)
+        """True while a call is in this process: running, queued, not answered, or not read yet."""
+        return bool(self.running or self.queue or self.completions or self.errands or self.controls
+                    or self.futures_awaited)
 
     def is_ours(self) -> bool:
         """False in a child that ``os.fork`` made."""
@@ -96,7 +97,7 @@ cdef class Server(Executor):
         cdef fr_thread* me = this_thread()
         cdef int64_t slice_ns = self.slice_ns
         cdef bint mine
-        cdef int64_t nap_ns = slice_ns
+        cdef int64_t nap_ns = slice_ns, woken_ns
         cdef int idle_slices = 0
         cdef int status
         cdef uint64_t taken = 0
@@ -132,6 +133,10 @@ cdef class Server(Executor):
                 in_a_row = 0
                 with nogil:
                     fr_serve_wait_leader(&self.serving, nap_ns)
+                    woken_ns = fr_now_ns() if self.gil_is_profiled else 0
+                if woken_ns:
+                    self.gil_waits += 1
+                    self.gil_waited_ns += fr_now_ns() - woken_ns
             if me.leading:
                 me.leading = False
                 fr_store32_relaxed(&self.serving.token, 0)
@@ -410,6 +415,7 @@ cdef class Server(Executor):
                 continue
             if fork.owner == self.rank and owned is None:
                 owned = OwnedValue.__new__(OwnedValue)
+                owned.name = <uint64_t>fork.rref_created_on << 48 | fork.rref_local
                 self.own(fork.index, owned)
             elif not owner.holder.h.bit:
                 self.received_abroad(peer, fork.owner, fork.index, fork.generation,

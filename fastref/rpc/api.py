@@ -1,0 +1,283 @@
+"""What programs for torch reach for in its ``api`` module: calls, collectives over them, and the way out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fastref import api
+from fastref.api import get_worker_info, remote, rpc_async, rpc_sync
+from fastref.errors import UsageError
+from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from fastref.rpc.agent import current_agent
+from fastref.rpc.collective import Gathering as AllGatherStates
+from fastref.rpc.collective import Gatherings
+from fastref.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT
+from fastref.rpc.internal import _internal_rpc_pickler
+from fastref.rref import RRef, current_wiring
+
+__all__ = ["AllGatherStates", "RRef", "get_worker_info", "remote", "rpc_async", "rpc_sync", "shutdown"]
+
+logger = logging.getLogger("fastref")
+
+_ignore_rref_leak = True
+_default_pickler: Any = _internal_rpc_pickler
+_thread_local_var = threading.local()
+_gatherings = Gatherings()
+
+
+def _is_current_rpc_agent_set() -> bool:
+    """Return whether this process has joined a job."""
+    return current_wiring() is not None
+
+
+_get_current_rpc_agent = current_agent
+
+
+def _set_and_start_rpc_agent(agent: Any) -> None:
+    """Take the agent of a backend that is not fastref's. It serves its own calls, not those of this module."""
+    logger.warning("the agent %r is not fastref's: calls do not go through it", agent)
+
+
+def get_rpc_timeout() -> float:
+    """Return the default timeout of calls, in seconds."""
+    timeout: float = current_agent()._runtime.default_timeout_s
+    return timeout
+
+
+def _set_rpc_timeout(rpc_timeout_s: float) -> None:
+    """Set the default timeout of calls that start from here on, in seconds; 0: for ever."""
+    current_agent()._runtime.default_timeout_s = rpc_timeout_s
+
+
+@contextlib.contextmanager
+def _use_rpc_pickler(rpc_pickler: Any) -> Iterator[None]:
+    """Name another pickler than the default one for a while."""
+    global _default_pickler
+    before, _default_pickler = _default_pickler, rpc_pickler
+    try:
+        yield
+    finally:
+        _default_pickler = before
+
+
+# ---- collecting futures
+
+_collecting = threading.Lock()
+_collectors = 0
+
+
+def _collect(future: torch.futures.Future) -> None:
+    futures = getattr(_thread_local_var, "future_list", None)
+    if futures is not None:
+        futures.append(future)
+
+
+@contextlib.contextmanager
+def _wait_all() -> Iterator[None]:
+    """Wait at the end for all futures that ``rpc_async`` returned meanwhile in this thread. May be nested."""
+    global _collectors
+    outer = getattr(_thread_local_var, "future_list", None)
+    futures: list[torch.futures.Future] = []
+    _thread_local_var.future_list = futures
+    with _collecting:
+        _collectors += 1
+        if current_wiring() is not None:
+            current_wiring().collector = _collect
+    try:
+        yield
+    finally:
+        with _collecting:
+            _collectors -= 1
+            if not _collectors and current_wiring() is not None:
+                current_wiring().collector = None
+        if outer is None:
+            del _thread_local_var.future_list
+        else:
+            _thread_local_var.future_list = outer
+        torch.futures.wait_all(futures)
+
+
+# ---- collectives
+
+
+def _gather_to_leader(sequence_id: str, worker_name: str, obj: Any, worker_names: set[str]) -> None:
+    """On the leader: note what one worker gives."""
+    states = _gatherings.round(sequence_id)
+    if worker_name in states.gathered_objects:
+        raise UsageError(f"{worker_name} reported intent sequence id {sequence_id} twice.")
+    states.gathered_objects[worker_name] = obj
+    if worker_names == set(states.gathered_objects):
+        states.proceed_signal.set()
+
+
+def _broadcast_to_followers(sequence_id: str, objects_map: dict[str, Any]) -> None:
+    """On a follower: note what all have given."""
+    states = _gatherings.round(sequence_id)
+    states.gathered_objects = objects_map
+    states.proceed_signal.set()
+
+
+def _all_gather(
+    obj: Any, worker_names: Iterable[str] | None = None, timeout: float = UNSET_RPC_TIMEOUT
+) -> dict[str, Any]:
+    """Give an object and return everybody's, by name.
+
+    Parameters
+    ----------
+    obj : object
+    worker_names : iterable of str, optional
+        The group, equal on all workers of it; by default the whole job.
+    timeout : float
+        Seconds for each step; -1: the default for calls, and no limit for the others to come; 0: no limit.
+
+    Raises
+    ------
+    RuntimeError
+        The others did not come, or could not be told, in time.
+    WorkerDied
+        One of them has died.
+
+    Source
+    ------
+    ``torch.distributed.rpc.api._all_gather``. Different on purpose: it does not wait for the dead.
+    """
+    agent = current_agent()
+    own = agent.get_worker_info().name
+    names = set(worker_names or (info.name for info in agent.get_worker_infos()))
+    leader = min(names)
+    call_timeout = get_rpc_timeout() if timeout == UNSET_RPC_TIMEOUT else timeout
+    patience = timeout if timeout > 0 else None
+    sequence_id = _gatherings.begin(names)
+    states = _gatherings.round(sequence_id)
+    try:
+        if own == leader:
+            _gather_to_leader(sequence_id, own, obj, names)
+            states.wait(patience, lambda: names - set(states.gathered_objects))
+            told = {
+                name: rpc_async(
+                    name, _broadcast_to_followers, (sequence_id, states.gathered_objects), None, call_timeout
+                )
+                for name in sorted(names - {leader})
+            }
+            errors: dict[str, RuntimeError] = {}
+            for name, future in told.items():
+                try:
+                    future.wait()
+                except RuntimeError as error:
+                    errors[name] = error
+            if errors:
+                raise RuntimeError(
+                    f"Followers {list(errors)} timed out in _all_gather after {call_timeout:.2f} seconds."
+                    f" The first exception is {next(iter(errors.values()))}"
+                )
+        else:
+            rpc_sync(leader, _gather_to_leader, (sequence_id, own, obj, names), None, call_timeout)
+            states.wait(patience, lambda: {leader})
+        return states.gathered_objects
+    finally:
+        _gatherings.end(sequence_id)
+
+
+def _barrier(worker_names: Iterable[str]) -> None:
+    """Wait until all workers of a group have called it. What goes wrong is logged."""
+    try:
+        _all_gather(None, set(worker_names))
+    except RuntimeError:
+        logger.exception("Failed to complete barrier")
+
+
+def _wait_all_workers(timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
+    """Wait until all workers have called it; 0: as long as it takes."""
+    _all_gather(None, timeout=timeout)
+
+
+# ---- the way out
+
+
+def _delete_all_user_and_unforked_owner_rrefs(timeout: float = 100.0) -> None:
+    """Let go of all values elsewhere, and wait until the others have let go of the values here.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds after which it is only logged that they have not.
+    """
+    runtime = current_agent()._runtime
+    runtime.delete_user_references()
+    if not runtime.wait_for_others_to_let_go(timeout):
+        logger.warning("Timed out waiting for pending OwnerRRefs to be deleted.")
+
+
+def _destroy_rref_context(ignore_rref_leak: bool) -> None:
+    """Complain of values here that others still hold.
+
+    Raises
+    ------
+    UsageError
+        There are some, and they are not to be ignored.
+    """
+    runtime = current_agent()._runtime
+    leaks = runtime.references_of_others()
+    if not leaks:
+        return
+    shown = []
+    for index, ranks in leaks.items():
+        names = [runtime.peers[rank].name if rank >= 0 else "a worker without a bit" for rank in ranks]
+        shown.append(f"Leaking RRef {runtime.owned[index].rref_id}, held by {', '.join(names)}")
+    logger.warning("Detected RRef Leaks during shutdown: %s", "; ".join(shown))
+    if not ignore_rref_leak:
+        raise UsageError("; ".join(shown))
+
+
+def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
+    """Leave the job; without one, do nothing.
+
+    Parameters
+    ----------
+    graceful : bool
+        Wait until all workers have called it and no call is under way.
+    timeout : float
+        Seconds for all of it; 0: as long as it takes.
+
+    Raises
+    ------
+    CallTimeout
+        The others did not call it in time. This worker has left all the same.
+    UsageError
+        With ``_ignore_rref_leak`` set to False: others still hold values that live here.
+
+    Source
+    ------
+    ``torch.distributed.rpc.shutdown``. Different on purpose: ``timeout`` covers all of it, dead workers are not waited
+    for, and a second call does nothing.
+    """
+    if _ignore_rref_leak:
+        api.leave(graceful, timeout)
+    else:
+        api.leave(graceful, timeout, wait=_wait_to_check, settle=_check_for_leaks)
+    _gatherings.clear()
+
+
+def _wait_to_check(timeout: float) -> None:
+    _wait_all_workers(timeout)
+    current_agent().join(timeout=timeout)
+
+
+def _check_for_leaks() -> None:
+    """With all quiet: everybody lets go of everything, and nothing may be left."""
+    _delete_all_user_and_unforked_owner_rrefs()
+    try:
+        _destroy_rref_context(_ignore_rref_leak)
+    finally:
+        current_agent().join()  # nobody leaves before all have looked
+
+
+def _to_worker_info(to: str | int | WorkerInfo) -> WorkerInfo:
+    """Return the worker that ``to`` names."""
+    return current_agent().get_worker_info(to) if not isinstance(to, WorkerInfo) else to

@@ -1,0 +1,5 @@
+"""The proxy of a reference under torch's module name."""
+
+from fastref.rref import RRefProxy
+
+__all__ = ["RRefProxy"]

@@ -1,0 +1,1 @@
+"""torch's own tests of ``torch.distributed.rpc``, run against fastref."""
