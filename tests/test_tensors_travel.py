@@ -89,7 +89,8 @@ def test_a_view_travels_as_its_own_elements(view: str) -> None:
     tensor = VIEWS[view]()
     for answer in round_trips(tensor):
         assert same(answer, tensor)
-        assert answer.untyped_storage().nbytes() <= max(tensor.numel() * tensor.element_size(), 1)
+        # Small gaps between the elements go with them, larger ones stay where they are.
+        assert answer.untyped_storage().nbytes() <= max(tensor.numel() * tensor.element_size(), 16384)
 
 
 @in_job

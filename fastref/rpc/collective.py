@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from fastref.errors import CallTimeout, WorkerDied
+from fastref.errors import CallTimeout, NotInitialized, WorkerDied
 from fastref.rref import current_wiring
 
 __all__ = ["Gathering", "Gatherings"]
@@ -32,8 +32,11 @@ class Gathering:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.proceed_signal.wait(0.1 if deadline is None else min(0.1, max(deadline - time.monotonic(), 0))):
+            runtime = current_wiring()
+            if runtime is None:
+                raise NotInitialized("this worker has left the job")
             for name in missing():
-                peer = next((peer for peer in current_wiring().peers if peer.name == name), None)
+                peer = next((peer for peer in runtime.peers if peer.name == name), None)
                 if peer is not None and peer.is_dead:
                     raise WorkerDied(peer.name, peer.rank, peer.pid, peer.death or "")
             if deadline is not None and time.monotonic() > deadline:

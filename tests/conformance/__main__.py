@@ -14,9 +14,8 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fastref.segments import run_root, sweep
 from tests.conformance.lists import MISSING, NOT_APPLICABLE, QUICK
@@ -48,6 +47,7 @@ class Runner:
         from tests.conformance.suite import CLASSES  # takes seconds, and replaces torch.distributed.rpc
 
         self.arguments = arguments
+        self.capture = Capture()
         self.tests = {
             f"{name}.{method}": made(method)
             for name, made in CLASSES.items()
@@ -94,10 +94,10 @@ class Runner:
     def _run_one(self, test: unittest.TestCase) -> tuple[str, str]:
         before = _files()
         result = unittest.TestResult()
-        with _captured() as output:
+        with self.capture.open() as printed:
             test.run(result)
-            printed = output()
-        text = printed + "".join(trace for _, trace in result.errors + result.failures)
+            text = printed()
+        text += "".join(trace for _, trace in result.errors + result.failures)
         if result.skipped:
             return "skipped by torch", text
         left = sorted(_files() - before)
@@ -121,22 +121,28 @@ def _files() -> set[str]:
     return run | {str(path) for path in Path("/dev/shm").glob("fastref*")}
 
 
-@contextlib.contextmanager
-def _captured() -> Iterator[Any]:
-    """Keep back what this process and its children print; yields a function that returns it."""
-    with tempfile.TemporaryFile("w+") as file:
+class Capture:
+    """Where this process and its children print while tests run. One file for all: the forkserver keeps the first."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("w+")
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Callable[[], str]]:
+        """Keep back what is printed; yields a function that returns it."""
         sys.stdout.flush()
         sys.stderr.flush()
+        start = self._file.seek(0, os.SEEK_END)
         kept = os.dup(1), os.dup(2)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        os.dup2(self._file.fileno(), 1)
+        os.dup2(self._file.fileno(), 2)
 
-        def output() -> str:
-            file.seek(0)
-            return file.read()
+        def printed() -> str:
+            self._file.seek(start)
+            return self._file.read()
 
         try:
-            yield output
+            yield printed
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

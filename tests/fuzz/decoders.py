@@ -89,7 +89,7 @@ TARGETS = {
     "frame": Target(
         _read_frame,
         [_frame(kind, 0, [], b"payload") for kind in Kind]
-        + [_frame(1, 2, [_fork(), _fork("Tensor", None)], bytes(16)), _frame(2, 5, [_fork("x" * 50)] * 5, b"")],
+        + [_frame(1, 2, [_fork(), _fork("Tensor", None)], bytes(24)), _frame(2, 5, [_fork("x" * 50)] * 5, b"")],
     ),
     "fork": Target(_read_fork, [_fork(), _fork("Tensor"), _fork("é" * 20, None)]),
     "stream": Target(
