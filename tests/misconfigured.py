@@ -185,7 +185,9 @@ def trio(*, w0: Part | None = None, w1: Part | None = None) -> list[Part]:
 
 
 CASES: dict[str, Case] = {
-    "same_name": Case([Part("w0", 0, 3), Part("w1", 1, 3), Part("w1", 2, 3)], "two workers .* the name 'w1', .*: .* and "),
+    "same_name": Case(
+        [Part("w0", 0, 3), Part("w1", 1, 3), Part("w1", 2, 3)], "two workers .* the name 'w1', .*: .* and "
+    ),
     "name_of_the_coordinator": Case([Part("w0", 0, 2), Part("w0", 1, 2)], "two workers .* the name 'w0', .*: .* and "),
     "same_rank": Case(
         trio()[:2] + [Part("w2", 1, 3)], "two workers .* claim rank 1, which is not unique: 'w.' .* and 'w.' "

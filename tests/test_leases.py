@@ -405,3 +405,39 @@ def send_ones() -> tuple[int, float]:
 
 def lease_count_during(value: torch.Tensor) -> tuple[int, float]:
     return leases("w0"), float(value.sum())
+
+
+def test_what_peers_keep_does_not_fill_the_arena(troupe: Troupe) -> None:
+    """Once half of it is in use, they get copies."""
+    crew = owner, user = troupe.start(2, arena_limit=8 << 20)
+    sums = [owner.do(send_to_keep, i) for i in range(60)]  # 24 MB
+    assert sums == [float(i * SIZE) for i in range(60)]
+    assert 5 <= user.do(leases, "w0") <= 12
+    assert user.do(sums_kept) == sums
+    user.do(work.drop)
+    owner.do(wait_for_blocks, 0)
+    troupe.leave(crew)
+
+
+def send_to_keep(i: int) -> float:
+    return rpc.rpc_sync("w1", keep_sum, (torch.full((SIZE,), float(i)),))
+
+
+def read_at_exit(label: str) -> None:
+    """End without ``shutdown``, and look at what was received when everything of fastref has ended."""
+    import atexit
+
+    atexit._clear()  # what is left runs in this order reversed
+    atexit.register(lambda: os._exit(0 if is_still(label, 3.0) and all_private(puppets.kept(label)) else 1))
+    from fastref.runtime import runtime
+
+    atexit.register(runtime._abandon_all)
+
+
+def test_what_was_leased_can_be_read_until_the_process_ends(troupe: Troupe) -> None:
+    owner, user = troupe.start(2)
+    user.do(fetch_and_keep, "a", "w0", 3.0)
+    user.do(read_at_exit, "a")
+    assert user.end() == 0
+    owner.do(puppets.wait_until_dead, "w1")
+    owner.do(rpc.shutdown)

@@ -36,6 +36,7 @@ struct fr_lease {
     uint32_t users;               /* tensors, buffers, whoever is decoding */
     uint32_t index;               /* of the block's entry in its owner's table */
     uint32_t site;
+    int loose;                    /* its pages were made private by us; under the lock */
     struct fr_leases *of;
     char *start;                  /* whole pages */
     size_t size;
@@ -55,9 +56,8 @@ struct fr_leases {                /* all leases of one peer's memory */
         uint8_t copies, next;     /* blocks yet to be copied before the next probe; how many after it, if it is written */
     } site[FR_SITES];
     int closed;                   /* no lease is made any more */
-    int kept;                     /* the keeper is being kept for them */
-    void (*emptied)(struct fr_leases *); /* the last lease has ended; any thread, with or without the interpreter lock */
-    void *keeper;                 /* who has to outlive the leases */
+    void *keeper;                 /* who has to outlive the leases: kept from the first on, */
+    void (*emptied)(void *keeper); /* until the last has ended; any thread, with or without the interpreter lock */
     struct fr_leases *next, **link; /* in the list of all, for fork(); under fr_leases_lock */
     int foreign;                  /* made before this process was forked */
 };
@@ -156,7 +156,7 @@ static inline int64_t fr_pages_drop_written(char *start, size_t size)
         if (page == pages)
             return dropped;
     }
-    return fr_pages_drop_run(start, size) ? (int64_t)(size / FR_PAGE) : -1; /* nobody says which: all of them */
+    return fr_pages_drop_run(start, size) ? 0 : -1; /* nobody says which: all of them, and none that we know of */
 }
 
 /* Make every page of a range private, with the bytes that it shows now; other threads may write there meanwhile. */
@@ -198,6 +198,7 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
     lease->users = 1;
     lease->index = index;
     lease->site = site;
+    lease->loose = 0;
     lease->of = of;
     lease->start = of->base + offset;
     lease->size = (size + FR_PAGE - 1) / FR_PAGE * FR_PAGE;
@@ -217,8 +218,7 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
             lease->next->link = &lease->next;
         of->living = lease;
         of->live++;
-        *first = !of->kept;
-        of->kept = 1;
+        *first = of->live == 1;
     }
     pthread_mutex_unlock(&of->lock);
     if (closed) { /* meanwhile */
@@ -239,8 +239,9 @@ FR_INLINE void fr_lease_share(struct fr_lease *lease)
 static inline void fr_lease_drop(struct fr_lease *lease)
 {
     struct fr_leases *of = lease->of;
+    void (*emptied)(void *);
+    void *keeper;
     int64_t written;
-    int empty;
     /* SYNC: what other users wrote happened before the pages are dropped. */
     if (__atomic_sub_fetch(&lease->users, 1, __ATOMIC_ACQ_REL))
         return;
@@ -260,7 +261,7 @@ static inline void fr_lease_drop(struct fr_lease *lease)
     pthread_mutex_lock(&of->lock);
     if (written < 0) {
         of->stuck++;
-    } else {
+    } else if (!lease->loose) { /* else nobody knows who wrote its pages */
         of->pages_written += written;
         if (written * FR_WRITTEN_PART > (int64_t)(lease->size / FR_PAGE)) {
             uint8_t next = of->site[lease->site].next;
@@ -271,11 +272,21 @@ static inline void fr_lease_drop(struct fr_lease *lease)
         }
     }
     of->live--;
-    empty = !of->live;
+    keeper = of->live ? NULL : of->keeper;
+    emptied = of->emptied;
     pthread_mutex_unlock(&of->lock);
     free(lease);
-    if (empty)
-        of->emptied(of);
+    if (keeper)
+        emptied(keeper); /* `of` may be gone already, or be in use again */
+}
+
+/* All that is leased now lies in private pages afterwards. Under the lock. */
+static inline void fr_leases_loosen(struct fr_leases *of)
+{
+    for (struct fr_lease *lease = of->living; lease; lease = lease->next) {
+        fr_pages_make_private(lease->start, lease->size);
+        lease->loose = 1;
+    }
 }
 
 /* From here on all that is leased lies in private pages, whatever becomes of the peer's, and nothing is leased anew. */
@@ -283,8 +294,8 @@ static inline void fr_leases_detach(struct fr_leases *of)
 {
     pthread_mutex_lock(&of->lock);
     of->closed = 1;
-    for (struct fr_lease *lease = of->living; lease; lease = lease->next)
-        fr_pages_make_private(lease->start, lease->size);
+    if (!of->foreign) /* in a forked child the list is its parent's */
+        fr_leases_loosen(of);
     pthread_mutex_unlock(&of->lock);
 }
 
@@ -299,8 +310,7 @@ static inline void fr_leases_before_fork(void)
     for (struct fr_leases *of = fr_all_leases; of; of = of->next) {
         pthread_mutex_lock(&of->lock);
         if (!of->foreign)
-            for (struct fr_lease *lease = of->living; lease; lease = lease->next)
-                fr_pages_make_private(lease->start, lease->size);
+            fr_leases_loosen(of);
     }
 }
 
@@ -327,7 +337,7 @@ static inline void fr_leases_watch_forks(void)
 }
 
 static inline void fr_leases_begin(struct fr_leases *of, struct fr_holder *holder, char *base, size_t size,
-                                   void (*emptied)(struct fr_leases *), void *keeper)
+                                   void (*emptied)(void *keeper), void *keeper)
 {
     memset(of, 0, sizeof *of);
     pthread_mutex_init(&of->lock, NULL);
@@ -343,18 +353,6 @@ static inline void fr_leases_begin(struct fr_leases *of, struct fr_holder *holde
         of->next->link = &of->next;
     fr_all_leases = of;
     pthread_mutex_unlock(&fr_leases_lock);
-}
-
-/* Whether the keeper need not be kept any more: no lease lives, and nobody was told so before. */
-static inline int fr_leases_let_go(struct fr_leases *of)
-{
-    int now;
-    pthread_mutex_lock(&of->lock);
-    now = of->kept && !of->live;
-    if (now)
-        of->kept = 0;
-    pthread_mutex_unlock(&of->lock);
-    return now;
 }
 
 /* No lease lives any more. */

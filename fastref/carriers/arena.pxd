@@ -20,4 +20,4 @@ cdef class Arena:
 
     cpdef uint64_t lend(self, uint64_t size_bytes) except? 0xFFFFFFFFFFFFFFFF
     cpdef int give_back(self, uint64_t offset) except -1
-    cdef int _take_back(self, dict blocks, uint64_t offset) except -1
+    cdef int _take_back(self, dict blocks, uint64_t offset, list fresh) except -1

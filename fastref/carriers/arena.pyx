@@ -96,20 +96,21 @@ cdef class Arena:
         UsageError
             When no such block is lent.
         """
+        fresh = []  # made here: under the lock it might start a garbage collection, and code of the program with it
         with self._lock:
             index = self._pinned.pop(offset, None)
             if index is None:
-                self._take_back(self._lent, offset)
+                self._take_back(self._lent, offset, fresh)
         if index is not None:
             self._holder.drop(index)  # whoever holds it last has the entry closed, and `closed` called
         FR_FAILPOINT("arena.given_back")
         return 0
 
-    cdef int _take_back(self, dict blocks, uint64_t offset) except -1:
+    cdef int _take_back(self, dict blocks, uint64_t offset, list fresh) except -1:
         rounded = blocks.pop(offset, None)
         if rounded is None:
             raise UsageError(f"no block is lent at {offset}")
-        self._free.setdefault(rounded, []).append(offset)
+        self._free.setdefault(rounded, fresh).append(offset)
         self.bytes_lent -= rounded
         return 0
 
@@ -129,10 +130,11 @@ cdef class Arena:
 
     def closed(self, index: int) -> None:
         """Take back the block of a table entry that nobody holds any more, if it has one."""
+        fresh = []
         with self._lock:
             offset = self._entries.pop(index, None)
             if offset is not None:
-                self._take_back(self._held, offset)
+                self._take_back(self._held, offset, fresh)
 
     def fill(self, offset: int, data) -> None:
         """Copy bytes into a block that is lent."""

@@ -16,15 +16,13 @@ cdef extern from "fr_lease.h" nogil:
     struct fr_leases:
         char* base
         uint64_t live, pages_written, stuck
-        void* keeper
     enum:
         FR_PAGE
     fr_lease* fr_lease_take(fr_leases*, uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, int*, int*)
     void fr_lease_share(fr_lease*)
     void fr_lease_drop(fr_lease*)
     void fr_leases_detach(fr_leases*)
-    void fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(fr_leases*) noexcept nogil, void*)
-    bint fr_leases_let_go(fr_leases*)
+    void fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(void*) noexcept nogil, void*)
     void fr_leases_end(fr_leases*)
     void fr_leases_watch_forks()
 
@@ -48,8 +46,7 @@ cdef void drop_lease(fr_lease* lease) noexcept nogil:
 
 cdef int _let_go(void* keeper) noexcept:
     """With the interpreter lock: what leases needed is not needed any more."""
-    if fr_leases_let_go(<fr_leases*>(<PeerArena>keeper).leases):
-        Py_DECREF(<PeerArena>keeper)
+    Py_DECREF(<PeerArena>keeper)
     return 0
 
 
@@ -57,13 +54,13 @@ cdef void _let_go_held(void* keeper) noexcept with gil:
     _let_go(keeper)
 
 
-cdef void _emptied(fr_leases* leases) noexcept nogil:
+cdef void _emptied(void* keeper) noexcept nogil:
     if not Py_IsInitialized():
         return
     if PyGILState_Check():
-        _let_go_held(leases.keeper)
+        _let_go_held(keeper)
     else:
-        Py_AddPendingCall(_let_go, leases.keeper)  # refused, the mapping stays until the process ends: no more than that
+        Py_AddPendingCall(_let_go, keeper)  # refused, the mapping stays until the process ends: no more than that
 
 
 @cython.no_gc

@@ -94,4 +94,5 @@ def current_agent() -> RpcAgent:
         raise NotInitialized(
             "Current RPC agent is not set! Did you initialize the RPC framework (e.g. by calling `rpc.init_rpc`)?"
         )
+    runtime.check_process()
     return RpcAgent(runtime)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 
 from fastref import api
 from fastref.api import get_worker_info, remote, rpc_async, rpc_sync
-from fastref.errors import UsageError
+from fastref.errors import CallTimeout, PeerError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 from fastref.rpc.agent import current_agent
 from fastref.rpc.collective import Gathering as AllGatherStates
-from fastref.rpc.collective import Gatherings
+from fastref.rpc.collective import gatherings
 from fastref.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT
 from fastref.rpc.internal import _internal_rpc_pickler
 from fastref.rref import RRef, current_wiring
@@ -25,10 +27,9 @@ __all__ = ["AllGatherStates", "RRef", "get_worker_info", "remote", "rpc_async", 
 
 logger = logging.getLogger("fastref")
 
-_ignore_rref_leak = True
+_ignore_rref_leak = True  # False, on all workers or on none: leaving complains of values that others still hold
 _default_pickler: Any = _internal_rpc_pickler
 _thread_local_var = threading.local()
-_gatherings = Gatherings()
 
 
 def _is_current_rpc_agent_set() -> bool:
@@ -108,7 +109,7 @@ def _wait_all() -> Iterator[None]:
 
 def _gather_to_leader(sequence_id: str, worker_name: str, obj: Any, worker_names: set[str]) -> None:
     """On the leader: note what one worker gives."""
-    states = _gatherings.round(sequence_id)
+    states = gatherings().round(sequence_id)
     if worker_name in states.gathered_objects:
         raise UsageError(f"{worker_name} reported intent sequence id {sequence_id} twice.")
     states.gathered_objects[worker_name] = obj
@@ -118,8 +119,15 @@ def _gather_to_leader(sequence_id: str, worker_name: str, obj: Any, worker_names
 
 def _broadcast_to_followers(sequence_id: str, objects_map: dict[str, Any]) -> None:
     """On a follower: note what all have given."""
-    states = _gatherings.round(sequence_id)
+    states = gatherings().round(sequence_id)
     states.gathered_objects = objects_map
+    states.proceed_signal.set()
+
+
+def _fail_followers(sequence_id: str, failure: str) -> None:
+    """On a follower: note that the leader has given up."""
+    states = gatherings().round(sequence_id)
+    states.failure = failure
     states.proceed_signal.set()
 
 
@@ -153,12 +161,19 @@ def _all_gather(
     leader = min(names)
     call_timeout = get_rpc_timeout() if timeout == UNSET_RPC_TIMEOUT else timeout
     patience = timeout if timeout > 0 else None
-    sequence_id = _gatherings.begin(names)
-    states = _gatherings.round(sequence_id)
+    rounds = gatherings()
+    sequence_id = rounds.begin(names)
+    states = rounds.round(sequence_id)
     try:
         if own == leader:
             _gather_to_leader(sequence_id, own, obj, names)
-            states.wait(patience, lambda: names - set(states.gathered_objects))
+            try:
+                states.wait(patience, lambda: names - set(states.gathered_objects))
+            except BaseException as error:
+                for name in sorted(set(states.gathered_objects) - {leader}):
+                    with contextlib.suppress(PeerError):  # it has died too
+                        rpc_async(name, _fail_followers, (sequence_id, f"{own} has given up: {error}"))
+                raise
             told = {
                 name: rpc_async(
                     name, _broadcast_to_followers, (sequence_id, states.gathered_objects), None, call_timeout
@@ -181,7 +196,7 @@ def _all_gather(
             states.wait(patience, lambda: {leader})
         return states.gathered_objects
     finally:
-        _gatherings.end(sequence_id)
+        rounds.end(sequence_id)
 
 
 def _barrier(worker_names: Iterable[str]) -> None:
@@ -260,22 +275,37 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
     if _ignore_rref_leak:
         api.leave(graceful, timeout)
     else:
-        api.leave(graceful, timeout, wait=_wait_to_check, settle=_check_for_leaks)
-    _gatherings.clear()
+        deadline = time.monotonic() + timeout if timeout else math.inf
+        api.leave(
+            graceful,
+            timeout,
+            wait=lambda _: _wait_to_check(deadline),
+            settle=lambda: _check_for_leaks(deadline),
+        )
 
 
-def _wait_to_check(timeout: float) -> None:
-    _wait_all_workers(timeout)
-    current_agent().join(timeout=timeout)
+def _left(deadline: float) -> float:
+    """Return the seconds until ``deadline``, 0 for as long as it takes."""
+    if deadline == math.inf:
+        return 0
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise CallTimeout("shutdown has taken longer than it may")
+    return left
 
 
-def _check_for_leaks() -> None:
+def _wait_to_check(deadline: float) -> None:
+    _wait_all_workers(_left(deadline))
+    current_agent().join(timeout=_left(deadline))
+
+
+def _check_for_leaks(deadline: float) -> None:
     """With all quiet: everybody lets go of everything, and nothing may be left."""
     _delete_all_user_and_unforked_owner_rrefs()
     try:
         _destroy_rref_context(_ignore_rref_leak)
     finally:
-        current_agent().join()  # nobody leaves before all have looked
+        current_agent().join(timeout=_left(deadline))  # nobody leaves before all have looked
 
 
 def _to_worker_info(to: str | int | WorkerInfo) -> WorkerInfo:

@@ -6,11 +6,12 @@ import threading
 import time
 from collections import defaultdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from fastref.errors import CallTimeout, NotInitialized, WorkerDied
+from fastref.errors import CallTimeout, NotInitialized, PeerError, WorkerDied
 from fastref.rref import current_wiring
 
-__all__ = ["Gathering", "Gatherings"]
+__all__ = ["Gathering", "Gatherings", "gatherings"]
 
 
 class Gathering:
@@ -19,6 +20,7 @@ class Gathering:
     def __init__(self) -> None:
         self.gathered_objects: dict[str, Any] = {}
         self.proceed_signal = threading.Event()
+        self.failure: str | None = None  # why the leader gave up
 
     def wait(self, timeout_s: float | None, missing: Any) -> None:
         """Wait for everybody's objects.
@@ -29,6 +31,8 @@ class Gathering:
             One of ``missing()`` died.
         CallTimeout
             They are not there after ``timeout_s`` seconds.
+        PeerError
+            The leader has given up, for one of these reasons.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.proceed_signal.wait(0.1 if deadline is None else min(0.1, max(deadline - time.monotonic(), 0))):
@@ -41,10 +45,12 @@ class Gathering:
                     raise WorkerDied(peer.name, peer.rank, peer.pid, peer.death or "")
             if deadline is not None and time.monotonic() > deadline:
                 raise CallTimeout(f"workers {sorted(missing())} have not joined a collective within {timeout_s:g} s")
+        if self.failure is not None:
+            raise PeerError(self.failure)
 
 
 class Gatherings:
-    """The rounds of this process. Rounds of one group are numbered, so that a fast worker's next is told apart."""
+    """The rounds of one runtime. Rounds of one group are numbered, so that a fast worker's next is told apart."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,8 +75,12 @@ class Gatherings:
         with self._lock:
             self._rounds.pop(name, None)
 
-    def clear(self) -> None:
-        """Forget all of them: the job has ended."""
-        with self._lock:
-            self._numbers.clear()
-            self._rounds.clear()
+
+_of_runtimes: WeakKeyDictionary[Any, Gatherings] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def gatherings() -> Gatherings:
+    """Return the rounds of the current runtime."""
+    with _making:
+        return _of_runtimes.setdefault(current_wiring(), Gatherings())

@@ -18,9 +18,9 @@ from fastref._core cimport FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load
 from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
 from fastref.codec.payload cimport Encoder
 from fastref.codec.stream cimport encode_value
-from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef
+from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.calls cimport Pending
-from fastref.runtime.references cimport ReferenceCaller
+from fastref.runtime.references cimport ASK_TYPE, ASK_WHETHER_THERE, ReferenceCaller
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, NO_SLOT, PYTHON_REMOTE_CALL, PYTHON_RET,
                                  RREF_FETCH_CALL, fr_block, fr_frame)
 
@@ -156,6 +156,8 @@ cdef class Executor(ReferenceCaller):
         cdef Job done = job
         cdef Encoder body
         cdef int flags = 0
+        if self.fork_count != forks_so_far():
+            return  # a child that ``os.fork`` made: its parent answers
         try:
             try:
                 body = self.conclude(done, future.value(), &flags)
@@ -186,6 +188,10 @@ cdef class Executor(ReferenceCaller):
             method, args, kwargs = job.body
             if owned.settled == VALUE_FAILED:
                 raise decode_failure(owned.error)
+            if method == ASK_TYPE:
+                return type(owned.value)
+            if method == ASK_WHETHER_THERE:
+                return None
             func = getattr(owned.value, method)
         elif job.head.callable:
             args, kwargs = job.body

@@ -288,7 +288,7 @@ cdef class Post(Wiring):
         """Describe a block for a payload, to be filled; False when there is none and it can go through the ring.
 
         A block with large buffers gets a table entry of its own: the peer may lease it, and go on reading when its loan
-        has ended.
+        has ended. Not when half of the arena is in use: peers may keep what they lease, and a full arena refuses calls.
         """
         cdef uint64_t offset
         peer.release(self.arena)
@@ -308,13 +308,17 @@ cdef class Post(Wiring):
                     return False
                 raise
         block.offset, block.size, block.index, block.generation = offset, size, NO_ENTRY, 0
-        if body.largest_segment >= LEASE_FROM and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
+        if body.largest_segment >= LEASE_FROM and self.arena.bytes_lent <= self.arena.limit // 2 \
+                and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
             try:
                 block.index, block.generation = self.open_entry()
                 self.arena.pin(offset, block.index)
                 self.table.set_state(block.index, "ready")  # nothing will be made for it
             except ResourceError:
                 pass  # all entries are in use: the peer copies
+            except BaseException:  # of a signal's handler
+                self.arena.give_back(offset)
+                raise
         return True
 
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1:
@@ -371,7 +375,12 @@ cdef class Post(Wiring):
             if child is not None:
                 self.unfork_abroad(child)
             else:
-                holder.release(index)
+                self.unhold(holder, index)
+
+    def unhold(self, holder, index: int) -> None:
+        """Let a pin go; after ``users_deleted`` those on other tables have gone already."""
+        if not self.users_deleted or holder is self.table.holder:
+            holder.release(index)
 
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1:
@@ -484,16 +493,13 @@ cdef class Post(Wiring):
             sizes.append(_number(decoder))
         data = PyBytes_FromStringAndSize(decoder.take(length), length)
         whole = None if lease is None else memoryview(lease)
-        buffers = []
+        buffers = []  # of one type, whatever their size
         for length in sizes:
-            if not length:
-                buffers.append(bytearray())
-                continue
-            at = decoder.aligned(length)
+            at = decoder.aligned(length) if length else NULL
             if lease is not None and length >= LEASE_FROM:
                 buffers.append(whole[at - lease.start:at - lease.start + length])
             else:
-                buffers.append(PyByteArray_FromStringAndSize(at, length))
+                buffers.append(memoryview(PyByteArray_FromStringAndSize(at, length)))
         return loads(data, buffers, references)
 
     cdef object raise_timeout(self, Peer peer, what, double timeout_s):

@@ -8,11 +8,14 @@ from fastref.runtime.calls cimport Caller
 from fastref.runtime.peer cimport Peer
 
 
+cdef str ASK_TYPE, ASK_WHETHER_THERE
+
+
 cdef class ReferenceCaller(Caller):
     cdef public uint64_t fetched_directly, fetched_by_message
 
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef RRef own_pending(self, fr_fork* fork)
     cdef tuple credit(self, Peer peer, int64_t deadline_ns)
-    cdef object _ask(self, RRef rref, object question, double timeout_s)
+    cdef object _ask(self, RRef rref, str question, double timeout_s)
     cdef object read_published(self, RRef rref, Peer peer)

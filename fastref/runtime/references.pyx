@@ -17,7 +17,6 @@ from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RRE
 from fastref.codec.failures import decode_failure
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError
 from fastref.futures import Future
-from fastref.runtime.questions import _is_there, _rref_typeof_on_owner
 
 __all__ = ["ReferenceCaller"]
 
@@ -39,6 +38,10 @@ fr_failpoints_here = failpoints()
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # the part of an id that its maker counts
 cdef list _NOTHING = []
+
+# In the place of a method's name, which neither can be.
+ASK_TYPE = "_get_type()"
+ASK_WHETHER_THERE = "_get_future()"
 
 
 cdef class ReferenceCaller(Caller):
@@ -231,25 +234,24 @@ cdef class ReferenceCaller(Caller):
 
     cdef object confirmation(self, RRef rref):
         cdef double timeout_s = 0
-        if rref.creation is None and rref.value_deadline_ns:
+        if rref.value_deadline_ns:
             timeout_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9)
-        return self._ask(rref, _is_there, timeout_s)
+        return self._ask(rref, ASK_WHETHER_THERE, timeout_s)
 
     cdef object type_of(self, RRef rref, double timeout_s):
-        return self._ask(rref, _rref_typeof_on_owner, timeout_s)
+        return self._ask(rref, ASK_TYPE, timeout_s)
 
-    cdef object _ask(self, RRef rref, object question, double timeout_s):
-        """A future of what the owner of a value says about it."""
-        cdef bint settled = rref.owned is not None and rref.owned.settled != VALUE_PENDING
-        if rref.creation is None and not settled:
-            return self.call_async(<Peer>self.peers[rref.fork.owner], question, None, None, (rref,), None, timeout_s)
+    cdef object _ask(self, RRef rref, str question, double timeout_s):
+        """A future of what the owner of a value says about it; as with a method, no thread waits for the value."""
+        if rref.creation is None and (rref.owned is None or rref.owned.settled == VALUE_PENDING):
+            return self.call_async(<Peer>self.peers[rref.fork.owner], None, rref, question, (), None, timeout_s)
         future = Future()
-        try:
-            if rref.creation is not None:
-                raise rref.creation
-            future.set_result(question(rref))
-        except Exception as error:
-            future.set_exception(error)
+        if rref.creation is not None:
+            future.set_exception(rref.creation)
+        elif rref.owned.settled == VALUE_FAILED:
+            future.set_exception(decode_failure(rref.owned.error))
+        else:
+            future.set_result(type(rref.owned.value) if question == ASK_TYPE else None)
         return future
 
     cdef bint confirmed(self, RRef rref) except -1:

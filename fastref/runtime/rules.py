@@ -164,21 +164,6 @@ class RuleKeeper(Server):
         for start in range(0, max(len(granted), 1), 64):
             self.tell(peer, Kind.GRANT, granted[start : start + 64])
 
-    def sweep(self) -> None:
-        """Close what nobody holds. Values are let go of on a serving thread, for destructors may do anything."""
-        dropped = []
-        for index in self.table.sweep():
-            if index < len(self.owned) and self.owned[index] is not None:
-                dropped.append(self.owned[index])
-                self.owned[index] = None
-            self.arena.closed(index)
-            rank = self.credit_of.pop(index, None)
-            if rank is not None:
-                self.peers[rank].credits_open -= 1
-            self.table.free(index)
-        if dropped:
-            self.do_later(dropped.clear)
-
     # ---- holders that go by messages
 
     def fork_abroad(
@@ -242,8 +227,7 @@ class RuleKeeper(Server):
     def _child_accepted(self, peer: Peer, call: int, value: Any) -> None:
         child = peer.children.pop(call, None)
         if child is not None:
-            holder, index = child
-            holder.release(index)
+            self.unhold(*child)
             _core.failpoint("fork.parent_unpinned")
 
     def _user_deleted(self, peer: Peer, call: int, value: Any) -> None:
@@ -332,8 +316,8 @@ class RuleKeeper(Server):
         workers, the owners among them, have read all that it published when it is removed here.
         """
         while peer.children:
-            _, (holder, index) = peer.children.popitem()
-            holder.release(index)
+            _, child = peer.children.popitem()
+            self.unhold(*child)
 
     def inbox_drained(self, rank: int) -> None:
         with self._rules:

@@ -264,6 +264,7 @@ class Runtime(RuleKeeper):
         link = self._links.pop(rank, None)
         if self._monitor is not None and link is not None:
             self._monitor.forget(rank)
+            self.peers[rank].arena.detach()  # the peer, if it lives, will use again what we lease
             link.close()
             self.on_death(rank, reason)
 
@@ -450,6 +451,8 @@ class Runtime(RuleKeeper):
     def abandon(self) -> None:
         """The interpreter ends without ``shutdown``: stop the threads and go; peers see a worker that died."""
         if self._ended.acquire(blocking=False) and self.is_ours():
+            for peer in self.peers:
+                peer.arena.detach()  # what runs after this may still read what it has received
             self.close()
             self.stop_threads()
             self._release()

@@ -494,6 +494,24 @@ cdef class Server(Executor):
             FR_FAILPOINT("call.sent")
         return leading
 
+    def sweep(self) -> None:
+        """Close what nobody holds. Values are let go of on a serving thread, for destructors may do anything.
+
+        Compiled: no signal handler may raise between the closing of an entry and its freeing.
+        """
+        dropped = []
+        for index in self.table.sweep():
+            if index < len(self.owned) and self.owned[index] is not None:
+                dropped.append(self.owned[index])
+                self.owned[index] = None
+            self.arena.closed(index)
+            rank = self.credit_of.pop(index, None)
+            if rank is not None:
+                (<Peer>self.peers[rank]).credits_open -= 1
+            self.table.free(index)
+        if dropped:
+            self.do_later(dropped.clear)
+
     # ---- what the runtime above decides
 
     def handle_control(self, peer, kind: int, call: int, payload: bytes, references: list | None) -> None:
