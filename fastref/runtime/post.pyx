@@ -291,9 +291,10 @@ cdef class Post(Wiring):
         has ended. Not when half of the arena is in use: peers may keep what they lease, and a full arena refuses calls.
         """
         cdef uint64_t offset
-        peer.release(self.arena)
-        if self.table.needs_sweep():  # the blocks that leases gave back are the warm ones
-            self.sweep()
+        if body.largest_segment >= LEASE_FROM:
+            peer.release(self.arena)
+            if self.table.needs_sweep():  # the blocks that leases gave back are the warm ones
+                self.sweep()
         try:
             offset = self.arena.lend(size)
         except ResourceError:
