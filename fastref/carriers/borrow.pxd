@@ -2,11 +2,11 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from fastref._core cimport Holder, fr_holder
+from fastref._core cimport Holder
 
 
 cdef enum:
-    LEASE_FROM = 65536     # smaller buffers are copied: measured in docs/benchmarks.md
+    LEASE_FROM = 65536      # smaller buffers are copied; the figures are in docs/architecture.md
     NO_ENTRY = 0xFFFFFFFF   # the place of a table entry where a block has none
 
 cdef extern from *:

@@ -15,7 +15,7 @@ import torch
 from fastref import api
 from fastref.api import get_worker_info, remote, rpc_async, rpc_sync
 from fastref.errors import CallTimeout, PeerError, UsageError
-from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from fastref.options import UNSET_RPC_TIMEOUT
 from fastref.rpc.agent import current_agent
 from fastref.rpc.collective import Gathering as AllGatherStates
 from fastref.rpc.collective import gatherings
@@ -306,8 +306,3 @@ def _check_for_leaks(deadline: float) -> None:
         _destroy_rref_context(_ignore_rref_leak)
     finally:
         current_agent().join(timeout=_left(deadline))  # nobody leaves before all have looked
-
-
-def _to_worker_info(to: str | int | WorkerInfo) -> WorkerInfo:
-    """Return the worker that ``to`` names."""
-    return current_agent().get_worker_info(to) if not isinstance(to, WorkerInfo) else to
