@@ -97,7 +97,8 @@ def test_a_large_argument_is_leased_and_is_the_callees_to_write(kind: str) -> No
         sent = big(kind, value)
         assert rpc.rpc_sync("w1", take_apart, (sent,)) == (1, value)
         assert (elements(sent) == value).all()
-    wait_for(lambda: rpc.rpc_sync("w1", leases, ("w0",)) == 0)
+        # The serving thread lets go of its argument after it has answered.
+        wait_for(lambda: rpc.rpc_sync("w1", leases, ("w0",)) == 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +148,7 @@ def test_a_worker_leases_what_it_sends_to_itself() -> None:
     sent = torch.ones(SIZE)
     got = rpc.rpc_sync("w0", work.echo, (sent,))
     got.add_(1)
-    assert leases("w0") == 1
+    wait_for(lambda: leases("w0") == 1)  # the serving thread lets go of its argument after it has answered
     assert (sent == 1).all()
     assert (got == 2).all()
     del got
@@ -194,6 +195,7 @@ def test_writers_get_copies_and_readers_leases_again() -> None:
     taken = []
     for _ in range(30):
         taken.append(rpc.rpc_sync("w1", write_all, (torch.ones(SIZE),)))
+        wait_for(lambda: rpc.rpc_sync("w1", leases, ("w0",)) == 0)
     assert taken[0] == 1
     assert 1 <= sum(taken) <= 4  # the probes: the 1st, the 10th, the 27th
     # Others are not taken for it.

@@ -251,26 +251,18 @@ def _destroy_rref_context(ignore_rref_leak: bool) -> None:
 
 
 def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -> None:
-    """Leave the job; without one, do nothing.
-
-    Parameters
-    ----------
-    graceful : bool
-        Wait until all workers have called it and no call is under way.
-    timeout : float
-        Seconds for all of it; 0: as long as it takes.
+    """As ``fastref.shutdown``, with a look at what others still hold if ``_ignore_rref_leak`` is False.
 
     Raises
     ------
     CallTimeout
         The others did not call it in time. This worker has left all the same.
     UsageError
-        With ``_ignore_rref_leak`` set to False: others still hold values that live here.
+        Others still hold values that live here, and that is not to be ignored.
 
     Source
     ------
-    ``torch.distributed.rpc.shutdown``. Different on purpose: ``timeout`` covers all of it, dead workers are not waited
-    for, and a second call does nothing.
+    ``torch.distributed.rpc.shutdown``.
     """
     if _ignore_rref_leak:
         api.leave(graceful, timeout)

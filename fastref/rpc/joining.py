@@ -43,38 +43,21 @@ def init_rpc(
     world_size: int | None = None,
     rpc_backend_options: RpcBackendOptions | None = None,
 ) -> Session:
-    """Join a job and start serving. Returns when all workers have joined and serve.
+    """As ``fastref.init_rpc``, for any backend.
 
     Parameters
     ----------
-    name : str
-        This worker's name, unique in the job.
     backend : BackendType, optional
         By default the one that the options belong to; ``BackendType.TENSORPIPE`` is fastref.
-    rank : int
-        0 <= rank < world_size; -1: as the init method says (``RANK``).
-    world_size : int, optional
-        How many workers the job has; None: as the init method says (``WORLD_SIZE``).
-    rpc_backend_options : RpcBackendOptions, optional
-        Timeouts, the init method and sizes.
-
-    Returns
-    -------
-    Session
-        For ``with init_rpc(...):``; it may be ignored.
 
     Raises
     ------
     TypeError
-        Backend or options are none.
-    UsageError
-        RPC is already initialized, or an argument is none that could work.
-    RendezvousError
-        The workers could not agree, or not all came in time.
+        Backend or options are none, or do not go together.
 
     Source
     ------
-    ``torch.distributed.rpc.init_rpc``. Different on purpose: it returns a context manager.
+    ``torch.distributed.rpc.init_rpc``.
     """
     if backend is not None and not isinstance(backend, BackendType):
         raise TypeError("Argument backend must be a member of BackendType")

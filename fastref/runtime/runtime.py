@@ -411,10 +411,14 @@ class Runtime(RuleKeeper):
             f" {self.info} have no answer and {self.running} run here"
         )
 
+    def _loosen_leases(self) -> None:
+        """The peers are about to take us out of their tables; what the program still reads must not change then."""
+        for peer in self.peers:
+            peer.arena.detach()
+
     def _leave(self) -> None:
         _alive.discard(self)
-        for peer in self.peers:
-            peer.arena.detach()  # the peers take us out of their tables; what the program still reads must not change
+        self._loosen_leases()
         for link in self._links.values():
             try:
                 link.send_message("leaving", {})
@@ -451,8 +455,7 @@ class Runtime(RuleKeeper):
     def abandon(self) -> None:
         """The interpreter ends without ``shutdown``: stop the threads and go; peers see a worker that died."""
         if self._ended.acquire(blocking=False) and self.is_ours():
-            for peer in self.peers:
-                peer.arena.detach()  # what runs after this may still read what it has received
+            self._loosen_leases()
             self.close()
             self.stop_threads()
             self._release()
