@@ -66,6 +66,17 @@ def test_an_immutable_value_is_read_without_asking_its_owner() -> None:
 
 
 @in_job
+def test_a_value_that_was_fetched_by_message_is_published() -> None:
+    kept = []
+    for size in range(800_000, 800_000 + 4096 * 40, 4096):
+        kept.append(rpc.remote("w1", bytes, args=(size,)))  # each needs memory that the owner's arena does not have yet
+        kept[-1].to_here()
+        asked = work.figures("calls", "fetched_by_message")
+        assert len(kept[-1].to_here()) == size
+        assert work.figures("calls", "fetched_by_message") == asked, len(kept)
+
+
+@in_job
 def test_a_local_value_that_is_immutable_is_read_by_others_without_asking() -> None:
     rref = rpc.RRef((1, "two"))
     rpc.rpc_sync("w1", work.keep, args=(rref,))

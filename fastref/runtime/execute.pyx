@@ -237,12 +237,13 @@ cdef class Executor(ReferenceCaller):
             raise ProtocolError(f"entry {index} has a value already")
         owned.value, owned.error = value, error
         self.table.at.descriptors[index].settled_ns = fr_now_ns()  # plain: published by the state
+        # What holders read first, then what answers them: who has fetched a value by message finds it published.
         if error is not None:
-            owned.settle(VALUE_FAILED)
             self.table.set_state(index, "failed")
+            owned.settle(VALUE_FAILED)
         else:
-            owned.settle(VALUE_READY)
             self.publish(owned, index)
+            owned.settle(VALUE_READY)
         FR_FAILPOINT("remote.created")
         waiters, owned.waiters = owned.waiters, None
         if waiters:
