@@ -12,6 +12,7 @@ cimport cython
 from fastref.rref cimport HOW_ASYNC, HOW_REMOTE, HOW_SYNC
 from fastref.runtime.references cimport ReferenceCaller
 
+from fastref import profiling
 from fastref.errors import NotInitialized, UsageError
 from fastref.futures import Future
 from fastref.options import RpcBackendOptions, WorkerInfo
@@ -102,11 +103,16 @@ def join(name: str, rank: int, world_size: int | None, options: RpcBackendOption
             current_wiring().check_process()
             raise UsageError("RPC is already initialized")
         try:
-            Runtime(name, rank, world_size, options, store, count=_joined, before_serving=set_current_wiring)
+            Runtime(name, rank, world_size, options, store, count=_joined, before_serving=_begin)
         except BaseException:
             set_current_wiring(None)
             raise
         _joined += 1
+
+
+def _begin(runtime: Runtime) -> None:
+    profiling.attach(runtime)
+    set_current_wiring(runtime)
 
 
 def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:

@@ -8,7 +8,16 @@ from types import ModuleType
 import torch
 
 from fastref import rpc
-from fastref.rpc import api, backend_registry, constants, functions, internal, options, rref_proxy
+from fastref.rpc import (
+    api,
+    backend_registry,
+    constants,
+    functions,
+    internal,
+    options,
+    rref_proxy,
+    server_process_global_profiler,
+)
 
 __all__ = ["install"]
 
@@ -21,6 +30,7 @@ _MODULES: dict[str, ModuleType] = {
     ".internal": internal,
     ".options": options,
     ".rref_proxy": rref_proxy,
+    ".server_process_global_profiler": server_process_global_profiler,
 }
 
 

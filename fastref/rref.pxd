@@ -37,7 +37,7 @@ cdef class Wiring:
     cdef object type_of(self, RRef rref, double timeout_s)
 
 
-cdef enum:
+cpdef enum:
     HOW_SYNC = 0
     HOW_ASYNC = 1
     HOW_REMOTE = 2

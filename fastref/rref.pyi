@@ -7,7 +7,21 @@ from fastref._core import GloballyUniqueId
 from fastref.futures import Future
 from fastref.options import WorkerInfo
 
-__all__ = ["OwnedValue", "RRef", "RRefProxy", "Wiring", "current_wiring", "set_current_wiring"]
+__all__ = [
+    "HOW_ASYNC",
+    "HOW_REMOTE",
+    "HOW_SYNC",
+    "OwnedValue",
+    "RRef",
+    "RRefProxy",
+    "Wiring",
+    "current_wiring",
+    "set_current_wiring",
+]
+
+HOW_SYNC: int
+HOW_ASYNC: int
+HOW_REMOTE: int
 
 # A handle cannot be changed, so a reference to a subclass is a reference to its base.
 _Value = TypeVar("_Value", covariant=True)

@@ -11,7 +11,8 @@ from fastref._core cimport Holder, fr_fork
 from fastref._core import GloballyUniqueId
 from fastref.errors import ForkedProcessError, NotInitialized, UsageError
 
-__all__ = ["RRef", "RRefProxy", "OwnedValue", "Wiring", "current_wiring", "set_current_wiring"]
+__all__ = ["HOW_ASYNC", "HOW_REMOTE", "HOW_SYNC", "OwnedValue", "RRef", "RRefProxy", "Wiring", "current_wiring",
+           "set_current_wiring"]
 
 cdef extern from *:
     """
@@ -299,8 +300,8 @@ cdef class _Method:
 cdef class RRefProxy:
     """Calls the methods of a value where it lives: ``rref.rpc_sync().method(*args, **kwargs)``.
 
-    Made by ``RRef.rpc_sync()``, ``rpc_async()`` and ``remote()``, whose timeout each call has. Special methods
-    (``__getitem__`` and the like) are not called through it.
+    Made by ``RRef.rpc_sync()``, ``rpc_async()`` and ``remote()``, whose timeout each call has. Special methods are
+    called by their names, ``rref.rpc_sync().__len__()``.
     """
 
     cdef RRef rref
@@ -309,8 +310,6 @@ cdef class RRefProxy:
 
     def __getattr__(self, name):
         cdef _Method method
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
         method = _Method.__new__(_Method)
         method.rref, method.name, method.timeout_s, method.how = self.rref, name, self.timeout_s, self.how
         return method

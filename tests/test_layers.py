@@ -23,6 +23,7 @@ ROWS: list[set[str]] = [
     {"protocol", "channels", "carriers", "rendezvous"},
     {"codec"},
     {"runtime"},
+    {"profiling"},
     {"api", "autograd", "spawn", "debug", "testing"},
     {"__init__"},  # re-exports what programs call
     {"rpc", "nn", "optim"},

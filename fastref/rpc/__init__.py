@@ -2,7 +2,15 @@
 
 from fastref.api import get_worker_info, is_available, remote, rpc_async, rpc_sync
 from fastref.options import RpcBackendOptions, WorkerInfo
-from fastref.rpc import api, backend_registry, constants, functions, internal, options
+from fastref.rpc import (
+    api,
+    backend_registry,
+    constants,
+    functions,
+    internal,
+    options,
+    server_process_global_profiler,
+)
 from fastref.rpc.agent import RpcAgent, TensorPipeAgent
 from fastref.rpc.api import AllGatherStates, get_rpc_timeout, shutdown
 from fastref.rpc.api import _delete_all_user_and_unforked_owner_rrefs as _delete_all_user_and_unforked_owner_rrefs
@@ -25,6 +33,9 @@ from fastref.rpc.debugging import enable_gil_profiling
 from fastref.rpc.joining import _init_rpc_backend as _init_rpc_backend
 from fastref.rpc.joining import init_rpc
 from fastref.rpc.options import TensorPipeRpcBackendOptions
+from fastref.rpc.server_process_global_profiler import (
+    _server_process_global_profile as _server_process_global_profile,
+)
 from fastref.rref import RRef
 
 PyRRef = RRef
@@ -58,5 +69,6 @@ __all__ = [
     "remote",
     "rpc_async",
     "rpc_sync",
+    "server_process_global_profiler",
     "shutdown",
 ]

@@ -1,14 +1,22 @@
 """Types of the compiled ``fastref.runtime.execute``."""
 
+from collections.abc import Callable
+from typing import Any
+
 from fastref.runtime.references import ReferenceCaller
 
-__all__ = ["Executor", "Job"]
+__all__ = ["Executor", "Job", "is_marked", "require_future"]
+
+def is_marked(func: Any) -> bool: ...
+def require_future(value: Any) -> None: ...
 
 class Job: ...
 
 class Executor(ReferenceCaller):
     values_published: int
+    around: Callable[[Any, Any, dict], Any] | None
 
     @property
     def futures_awaited(self) -> int: ...
+    def call_function(self, func: Any, args: Any, kwargs: Any) -> Any: ...
     def settle_failed(self, index: int, failure: bytes) -> None: ...

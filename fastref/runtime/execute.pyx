@@ -28,7 +28,7 @@ from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
 from fastref.errors import PeerError, ProtocolError, RemoteError, ResourceError
 
-__all__ = ["Executor", "Job"]
+__all__ = ["Executor", "Job", "is_marked", "require_future"]
 
 fr_failpoints_here = failpoints()
 
@@ -138,10 +138,7 @@ cdef class Executor(ReferenceCaller):
 
     cdef int _answer_when_done(self, Job job, object future) except -1:
         """A function marked by ``async_execution`` has returned: its answer is the result of a future. No thread waits."""
-        if not isinstance(future, torch._C.Future):  # what ``then`` returns is one, and no torch.futures.Future
-            kind = type(future)
-            raise TypeError("Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
-                            f"{kind.__module__}.{kind.__qualname__}")
+        require_future(future)
         job.parked = True  # it is not served yet
         self.futures_awaited += 1
         try:
@@ -200,6 +197,12 @@ cdef class Executor(ReferenceCaller):
             func, args, kwargs = job.body
         job.body = None
         job.answers_later = _is_marked(func)
+        if self.around is not None:
+            return self.around(func, args, kwargs or {})
+        return self.call_function(func, args, kwargs)
+
+    cpdef object call_function(self, object func, object args, object kwargs):
+        """Call a function that a peer named."""
         if PyCFunction_Check(func):
             try:
                 return func(*args, **(kwargs or {}))
@@ -371,6 +374,19 @@ cdef class Executor(ReferenceCaller):
             if not self.slots.waits_for(job.head.slot, job.head.call):
                 self.arrived.pop(job.head.call, None)  # the caller has given up
         return 0
+
+
+def require_future(value) -> None:
+    """Raise when a function marked by ``async_execution`` has returned something else than a future."""
+    if not isinstance(value, torch._C.Future):  # what ``then`` returns is one, and no torch.futures.Future
+        kind = type(value)
+        raise TypeError("Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
+                        f"{kind.__module__}.{kind.__qualname__}")
+
+
+def is_marked(func) -> bool:
+    """Return whether ``async_execution`` marked a function."""
+    return _is_marked(func)
 
 
 cdef bint _is_marked(object func) except -1:

@@ -14,11 +14,13 @@ from fastref.runtime.calls cimport Caller
 from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
 
+import torch
+
 from fastref.codec.failures import decode_failure
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError
 from fastref.futures import Future
 
-__all__ = ["ReferenceCaller"]
+__all__ = ["ReferenceCaller", "use_profiler_flag"]
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
@@ -34,7 +36,27 @@ cdef extern from *:
     """
     int fr_descriptor_spin(fr_descriptor*, uint32_t*, fr_waiting*) nogil
 
+cdef extern from *:
+    """
+    #include <stdbool.h>
+    typedef bool (*fr_flag)(void);
+    """
+    ctypedef bint (*fr_flag)() noexcept nogil
+
 fr_failpoints_here = failpoints()
+
+cdef fr_flag _flag = NULL
+
+
+def use_profiler_flag(address: int) -> None:
+    """Have ``bool()`` at an address say whether a torch profiler is on in the calling thread; torch is asked else."""
+    global _flag
+    _flag = <fr_flag><size_t>address
+
+
+cdef inline bint _profiled() except -1:
+    return _flag() if _flag != NULL else torch.autograd._profiler_enabled()
+
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # the part of an id that its maker counts
 cdef list _NOTHING = []
@@ -56,10 +78,19 @@ cdef class ReferenceCaller(Caller):
             raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
         peer = self.peer_of(to)
         row = () if args is None else tuple(args)
+        if how != HOW_REMOTE and not callable(func):
+            raise TypeError("function should be callable.")
+        if _profiled() and self.profiler is not None:
+            return self.profiler.rpc(how, peer.info, func, row, kwargs, timeout)
+        return self._rpc(how, peer, func, row, kwargs, timeout)
+
+    def rpc_unprofiled(self, how: int, to, func, args: tuple, kwargs, timeout: float):
+        """As ``rpc``, but no profiler sees it."""
+        return self._rpc(how, self.peer_of(to), func, args, kwargs, timeout)
+
+    cdef object _rpc(self, int how, Peer peer, object func, tuple row, dict kwargs, double timeout):
         if how == HOW_REMOTE:
             return self.call_remote(peer, func, None, None, row, kwargs, timeout)
-        if not callable(func):
-            raise TypeError("function should be callable.")
         if how == HOW_SYNC:
             return self.call(peer, func, None, None, row, kwargs, timeout)
         return self.call_async(peer, func, None, None, row, kwargs, timeout)
@@ -187,6 +218,15 @@ cdef class ReferenceCaller(Caller):
 
     cdef object fetch(self, RRef rref, double timeout_s):
         """Return a copy of the value a reference names, from its owner's memory if it is published there."""
+        if _profiled() and self.profiler is not None:
+            return self.profiler.to_here(rref, timeout_s)
+        return self._fetch(rref, timeout_s)
+
+    def fetch_unprofiled(self, rref: RRef, timeout: float):
+        """As ``rref.to_here(timeout)`` on a user, but no profiler sees it."""
+        return self._fetch(rref, timeout)
+
+    cdef object _fetch(self, RRef rref, double timeout_s):
         cdef Peer peer = <Peer>self.peers[rref.fork.owner]
         cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
         cdef fr_frame head
@@ -239,7 +279,10 @@ cdef class ReferenceCaller(Caller):
         return self._ask(rref, ASK_WHETHER_THERE, timeout_s)
 
     cdef object type_of(self, RRef rref, double timeout_s):
-        return self._ask(rref, ASK_TYPE, timeout_s)
+        future = self._ask(rref, ASK_TYPE, timeout_s)
+        if rref.owned is None and self.profiler is not None and _profiled():
+            return self.profiler.asked_for_type(rref, future)
+        return future
 
     cdef object _ask(self, RRef rref, str question, double timeout_s):
         """A future of what the owner of a value says about it; as with a method, no thread waits for the value."""
@@ -266,6 +309,8 @@ cdef class ReferenceCaller(Caller):
             raise rref.creation
         if fr_load32_acquire(&peer.died) and how == HOW_SYNC:
             raise peer.died_error(True)
+        if _profiled() and self.profiler is not None:
+            return self.profiler.invoke(how, rref, method, args, kwargs, timeout_s)
         if how == HOW_SYNC:
             return self.call(peer, None, rref, method, args, kwargs, timeout_s)
         if how == HOW_ASYNC:
