@@ -253,7 +253,9 @@ cdef class RRef:
         self.profiling_future = future
 
     def _serialize(self) -> tuple:
-        """Return torch's fork data of this handle, for programs that look at it; what travels is made by the runtime.
+        """Fork the reference for somebody whom the program will hand torch's fork data itself; ``_deserialize`` takes it.
+
+        Until then this worker holds the value for them. References in arguments and results need none of this.
 
         Raises
         ------
@@ -263,8 +265,23 @@ cdef class RRef:
         self.wiring.check()
         if self.wiring.closed or self.wiring.users_deleted:
             raise UsageError(f"{self._describe()} has been deleted. Cannot call fork an UserRRef after deletion.")
-        return (self.fork.owner, self.fork.rref_created_on, self.fork.rref_local, self.fork.fork_created_on,
-                self.fork.fork_local, self.fork.parent, self.type_str or "PyObject")
+        number = self.wiring.hand_over(self)
+        return (self.fork.owner, self.fork.rref_created_on, self.fork.rref_local, self.wiring.rank, number, self.wiring.rank,
+                self.type_str or "PyObject")
+
+    @staticmethod
+    def _deserialize(fork_data: tuple):
+        """Return the reference that ``_serialize`` forked, from any worker; once.
+
+        Raises
+        ------
+        UsageError
+            It has been taken, or its worker has let go of everything.
+        """
+        if _current is None:
+            raise NotInitialized(
+                "Current RPC agent is not set! Did you initialize the RPC framework (e.g. by calling `rpc.init_rpc`)?")
+        return _current.take_over(fork_data[5], fork_data[4])
 
     cdef str _describe(self):
         return (f"UserRRef(rref_id=GloballyUniqueId(created_on={self.fork.rref_created_on}, local_id={self.fork.rref_local}), "

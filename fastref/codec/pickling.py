@@ -16,13 +16,16 @@ import cloudpickle
 import torch
 
 from fastref.codec import mainmodule
-from fastref.codec.script import reduce_script_function
+from fastref.codec.script import reduce_script_function, reduce_script_module
 from fastref.rref import RRef
 
 __all__ = ["dumps", "loads", "register_reducer"]
 
 KEEPS_GAPS_UNTIL = 16384  # bytes; of a larger view with gaps the elements alone travel
-_reducers: dict[type, Callable[[Any], Any]] = {torch.jit.ScriptFunction: reduce_script_function}
+_reducers: dict[type, Callable[[Any], Any]] = {
+    torch.jit.ScriptFunction: reduce_script_function,
+    torch.jit._script.RecursiveScriptModule: reduce_script_module,
+}
 
 
 def register_reducer(kind: type, reducer: Callable[[Any], Any]) -> None:

@@ -21,6 +21,7 @@ from fastref.rpc.collective import Gathering as AllGatherStates
 from fastref.rpc.collective import gatherings
 from fastref.rpc.constants import DEFAULT_SHUTDOWN_TIMEOUT
 from fastref.rpc.internal import _internal_rpc_pickler
+from fastref.rpc.pickler_calls import PicklerCalls
 from fastref.rref import RRef, current_wiring
 
 __all__ = ["AllGatherStates", "RRef", "get_worker_info", "remote", "rpc_async", "rpc_sync", "shutdown"]
@@ -58,13 +59,35 @@ def _set_rpc_timeout(rpc_timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def _use_rpc_pickler(rpc_pickler: Any) -> Iterator[None]:
-    """Name another pickler than the default one for a while."""
+    """Have calls of this process, and its answers to such calls, go through a pickler of the program for a while.
+
+    Parameters
+    ----------
+    rpc_pickler : object
+        ``serialize(obj) -> (bytes, tensors)`` and ``deserialize(bytes, tensors) -> obj``. Callees must use one that
+        reads what it writes.
+    """
     global _default_pickler
-    before, _default_pickler = _default_pickler, rpc_pickler
+    before = _default_pickler
+    _set_pickler(rpc_pickler)
     try:
         yield
     finally:
-        _default_pickler = before
+        _set_pickler(before)
+
+
+def _set_pickler(rpc_pickler: Any) -> None:
+    global _default_pickler
+    _default_pickler = rpc_pickler
+    use_own_pickler()
+
+
+def use_own_pickler() -> None:
+    """Have the current runtime, if there is one, use the pickler that is set."""
+    runtime = current_wiring()
+    if runtime is not None:
+        own = _default_pickler is not _internal_rpc_pickler
+        runtime.detour = PicklerCalls(runtime, lambda: _default_pickler) if own else None
 
 
 # ---- collecting futures

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from fastref.codec.pickling import dumps, loads, register_reducer
+from fastref.rref import RRef
 
 __all__ = ["PythonUDF", "RPCExecMode", "RemoteException", "deserialize", "serialize"]
 
@@ -38,30 +40,37 @@ class RemoteException(NamedTuple):
 
 
 class _InternalRPCPickler:
-    """How values become bytes and tensors."""
+    """How values become bytes and tensors. Picklers of programs may inherit from it."""
 
     def _register_reducer(self, obj_class: type, reducer: Callable[[Any], Any]) -> None:
         """Have ``reducer`` say how values of a class travel; the first one for a class counts."""
         register_reducer(obj_class, reducer)
 
+    @classmethod
+    def _py_rref_receiver(cls, rref_fork_data: tuple) -> RRef:
+        return RRef._deserialize(rref_fork_data)
+
+    def _py_rref_reducer(self, py_rref: RRef) -> tuple:
+        return _InternalRPCPickler._py_rref_receiver, (py_rref._serialize(),)
+
+    def _rref_reducer(self, rref: RRef) -> tuple:
+        """Say how a reference travels, for picklers of programs."""
+        return self._py_rref_reducer(rref)
+
     def serialize(self, obj: Any) -> tuple[bytes, list[torch.Tensor]]:
         """Return bytes and, as tensors of bytes, the buffers that belong between them.
 
-        Raises
-        ------
-        UsageError
-            When it has references, which travel in calls only.
+        References in it are forked, each for one ``deserialize``, on any worker.
         """
-        references: list = []
+        references: list[RRef] = []
         data, buffers = dumps(obj, references)
-        for rref in references:
-            rref._serialize()  # after shutdown it says so
-            rref.__reduce__()
-        return data, [torch.frombuffer(bytearray(buffer), dtype=torch.uint8) for buffer in buffers]
+        forks = [rref._serialize() for rref in references]
+        return pickle.dumps((data, forks)), [torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in buffers]
 
     def deserialize(self, binary_data: bytes, tensor_table: list[torch.Tensor]) -> Any:
         """Return what ``serialize`` was given."""
-        return loads(binary_data, [tensor.numpy() for tensor in tensor_table], [])
+        data, forks = pickle.loads(binary_data)
+        return loads(data, [tensor.numpy() for tensor in tensor_table], [RRef._deserialize(fork) for fork in forks])
 
 
 _internal_rpc_pickler = _InternalRPCPickler()

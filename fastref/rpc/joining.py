@@ -26,6 +26,7 @@ def _start(store: Any, name: str, rank: int, world_size: int | None, rpc_backend
     if not isinstance(rpc_backend_options, RpcBackendOptions):
         raise TypeError(f"`rpc_backend_options` must be a `TensorPipeRpcBackendOptions`. {rpc_backend_options}")
     api.join(name, rank, world_size, rpc_backend_options, store)
+    rpc_api.use_own_pickler()
     return RpcAgent(current_wiring())
 
 
@@ -71,7 +72,9 @@ def init_rpc(
             raise TypeError(f"`rpc_backend_options` must be a `TensorPipeRpcBackendOptions`. {rpc_backend_options}")
         else:
             raise TypeError(f"Could not infer backend for options {rpc_backend_options}")
-        return api.init_rpc(name, None, rank, world_size, rpc_backend_options)
+        session = api.init_rpc(name, None, rank, world_size, rpc_backend_options)
+        rpc_api.use_own_pickler()
+        return session
     options = rpc_backend_options or backend_registry.construct_rpc_backend_options(backend)
     store, _, _ = next(rendezvous(options.init_method, rank=rank, world_size=world_size or -1))
     _init_rpc_backend(backend, store, name, rank, world_size, options)

@@ -13,6 +13,8 @@ cdef str ASK_TYPE, ASK_WHETHER_THERE
 
 cdef class ReferenceCaller(Caller):
     cdef public uint64_t fetched_directly, fetched_by_message
+    cdef readonly dict on_their_way     # number -> a reference that the program hands over itself
+    cdef public object detour           # makes all calls in our place: they go through a pickler of the program; None
     cdef public object profiler         # makes the calls of threads that torch profiles; None: they are not seen
 
     cdef object _rpc(self, int how, Peer peer, object func, tuple row, dict kwargs, double timeout)

@@ -17,8 +17,10 @@ from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RRE
 import torch
 
 from fastref.codec.failures import decode_failure
+from fastref.codec.script import type_string
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError
 from fastref.futures import Future
+from fastref.rref import current_wiring
 
 __all__ = ["ReferenceCaller", "use_profiler_flag"]
 
@@ -69,6 +71,9 @@ ASK_WHETHER_THERE = "_get_future()"
 cdef class ReferenceCaller(Caller):
     """The part of a runtime that makes and uses references, beside plain calls."""
 
+    def __cinit__(self):
+        self.on_their_way = {}
+
     def rpc(self, how: int, to, func, args, kwargs, timeout: float):
         """Call ``func`` on the worker ``to``: HOW_SYNC, HOW_ASYNC or HOW_REMOTE."""
         cdef Peer peer
@@ -80,6 +85,8 @@ cdef class ReferenceCaller(Caller):
         row = () if args is None else tuple(args)
         if how != HOW_REMOTE and not callable(func):
             raise TypeError("function should be callable.")
+        if self.detour is not None:
+            return self.detour.rpc(how, peer.info, func, row, kwargs, timeout)
         if _profiled() and self.profiler is not None:
             return self.profiler.rpc(how, peer.info, func, row, kwargs, timeout)
         return self._rpc(how, peer, func, row, kwargs, timeout)
@@ -147,8 +154,7 @@ cdef class ReferenceCaller(Caller):
         """Fill a fresh handle with a value that lives here; it gets an entry when it is first handed on."""
         cdef RRef handle = <RRef>rref
         cdef uint64_t number = self.ids.next()
-        if type_hint is not None and not hasattr(value, "_c"):
-            raise UsageError("Should not provide type_hint for a value that is not a ScriptModule")
+        handle.type_str = type_string(value, type_hint)
         handle.wiring = self
         handle.owned = OwnedValue.__new__(OwnedValue)
         handle.owned.value, handle.owned.name = value, number
@@ -156,6 +162,18 @@ cdef class ReferenceCaller(Caller):
         memset(&handle.fork, 0, sizeof(fr_fork))
         handle.fork.owner = handle.fork.parent = handle.fork.rref_created_on = handle.fork.fork_created_on = self.rank
         handle.fork.rref_local = handle.fork.fork_local = number & NUMBER_MASK
+
+    def hand_over(self, rref: RRef) -> int:
+        """Hold a reference for whoever will ask for it by the number returned."""
+        number = self.ids.next() & NUMBER_MASK
+        self.on_their_way[number] = rref
+        return number
+
+    def take_over(self, parent: int, number: int):
+        """Return what a worker holds under a number that ``hand_over`` returned there."""
+        if parent == self.rank:
+            return _claim(number)
+        return self.rpc_unprofiled(HOW_SYNC, parent, _claim, (number,), None, -1.0)
 
     cdef object local(self, RRef rref, double timeout_s):
         """Wait for a value of our own and return it."""
@@ -218,6 +236,8 @@ cdef class ReferenceCaller(Caller):
 
     cdef object fetch(self, RRef rref, double timeout_s):
         """Return a copy of the value a reference names, from its owner's memory if it is published there."""
+        if self.detour is not None:
+            return self.detour.to_here(rref, timeout_s)
         if _profiled() and self.profiler is not None:
             return self.profiler.to_here(rref, timeout_s)
         return self._fetch(rref, timeout_s)
@@ -233,6 +253,9 @@ cdef class ReferenceCaller(Caller):
         cdef Encoder body
         if rref.creation is not None:
             raise rref.creation
+        if rref.type_str is not None:
+            raise UsageError(f"{rref._describe()} is an RRef to a ScriptModule. It can't be sent through RPC from owner, "
+                             f"{peer.info}, to user, {self.info}.")
         if fr_load32_acquire(&d.state) == FR_VALUE_PENDING:
             with nogil:
                 fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
@@ -309,6 +332,8 @@ cdef class ReferenceCaller(Caller):
             raise rref.creation
         if fr_load32_acquire(&peer.died) and how == HOW_SYNC:
             raise peer.died_error(True)
+        if self.detour is not None:
+            return self.detour.invoke(how, rref, method, args, kwargs, timeout_s)
         if _profiled() and self.profiler is not None:
             return self.profiler.invoke(how, rref, method, args, kwargs, timeout_s)
         if how == HOW_SYNC:
@@ -316,3 +341,12 @@ cdef class ReferenceCaller(Caller):
         if how == HOW_ASYNC:
             return self.call_async(peer, None, rref, method, args, kwargs, timeout_s)
         return self.call_remote(peer, None, rref, method, args, kwargs, timeout_s)
+
+
+def _claim(number: int):
+    """Return what is held here under a number, and let go of it."""
+    runtime = current_wiring()
+    try:
+        return runtime.on_their_way.pop(number)
+    except KeyError:
+        raise UsageError(f"{runtime.info} holds no reference under {number}: each can be taken once") from None

@@ -346,6 +346,7 @@ class Runtime(RuleKeeper):
     def delete_user_references(self) -> None:
         """Let go of every value that lives elsewhere; handles on them can only be dropped from here on."""
         self.users_deleted = True
+        self.on_their_way.clear()
         for peer in self.peers:
             if peer.rank != self.rank:
                 peer.arena.detach()  # leases are holds like others; what the program still reads must not change
