@@ -1,8 +1,11 @@
 """``torch.distributed.rpc``'s names: ``import fastref.rpc as rpc`` is the migration."""
 
+from typing import TYPE_CHECKING
+
 from fastref.api import get_worker_info, is_available, remote, rpc_async, rpc_sync
 from fastref.options import RpcBackendOptions, WorkerInfo
 from fastref.rpc import (
+    absent,
     api,
     backend_registry,
     constants,
@@ -12,11 +15,12 @@ from fastref.rpc import (
     server_process_global_profiler,
 )
 from fastref.rpc.agent import RpcAgent, TensorPipeAgent
-from fastref.rpc.api import AllGatherStates, get_rpc_timeout, shutdown
+from fastref.rpc.api import AllGatherStates, get_rpc_timeout, method_factory, new_method, shutdown
 from fastref.rpc.api import _delete_all_user_and_unforked_owner_rrefs as _delete_all_user_and_unforked_owner_rrefs
 from fastref.rpc.api import _destroy_rref_context as _destroy_rref_context
 from fastref.rpc.api import _get_current_rpc_agent as _get_current_rpc_agent
 from fastref.rpc.api import _is_current_rpc_agent_set as _is_current_rpc_agent_set
+from fastref.rpc.api import _set_and_start_rpc_agent as _set_and_start_rpc_agent
 from fastref.rpc.api import _set_rpc_timeout as _set_rpc_timeout
 from fastref.rpc.api import _wait_all as _wait_all
 from fastref.rpc.backend_registry import (
@@ -39,6 +43,14 @@ from fastref.rpc.server_process_global_profiler import (
 from fastref.rref import RRef
 
 PyRRef = RRef
+_DEFAULT_INIT_METHOD = constants.DEFAULT_INIT_METHOD
+_DEFAULT_NUM_WORKER_THREADS = constants.DEFAULT_NUM_WORKER_THREADS
+_DEFAULT_RPC_TIMEOUT_SEC = constants.DEFAULT_RPC_TIMEOUT_SEC
+_UNSET_RPC_TIMEOUT = constants.UNSET_RPC_TIMEOUT
+_is_tensorpipe_available = True  # programs ask before they name its options
+
+if not TYPE_CHECKING:  # to a type checker it would say that every name is there
+    __getattr__ = absent.lookup("torch.distributed.rpc")
 
 __all__ = [
     "AllGatherStates",
@@ -64,6 +76,8 @@ __all__ = [
     "init_rpc",
     "internal",
     "is_available",
+    "method_factory",
+    "new_method",
     "options",
     "register_backend",
     "remote",

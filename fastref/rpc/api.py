@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,17 @@ from fastref.rpc.internal import _internal_rpc_pickler
 from fastref.rpc.pickler_calls import PicklerCalls
 from fastref.rref import RRef, current_wiring
 
-__all__ = ["AllGatherStates", "RRef", "get_worker_info", "remote", "rpc_async", "rpc_sync", "shutdown"]
+__all__ = [
+    "AllGatherStates",
+    "RRef",
+    "get_worker_info",
+    "method_factory",
+    "new_method",
+    "remote",
+    "rpc_async",
+    "rpc_sync",
+    "shutdown",
+]
 
 logger = logging.getLogger("fastref")
 
@@ -88,6 +98,24 @@ def use_own_pickler() -> None:
     if runtime is not None:
         own = _default_pickler is not _internal_rpc_pickler
         runtime.detour = PicklerCalls(runtime, lambda: _default_pickler) if own else None
+
+
+def method_factory(method_name: str, docstring: str) -> Callable[..., Any]:
+    """Return a function that calls the method of that name of the reference it is given.
+
+    Source
+    ------
+    ``torch.distributed.rpc.api.method_factory``, which torch's ``RRef`` is made with.
+    """
+
+    def method(self: RRef, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, method_name)(*args, **kwargs)
+
+    method.__doc__ = docstring
+    return method
+
+
+new_method = method_factory("to_here", RRef.to_here.__doc__ or "")  # torch's is the last one that it made
 
 
 # ---- collecting futures
