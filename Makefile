@@ -26,7 +26,7 @@ INSTRUMENTED := LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 endif
 
-.PHONY: demo test conformance gates model tsan fuzz fuzz-decoders debug build lint format types docs \
+.PHONY: demo test conformance differences gates model tsan fuzz fuzz-decoders debug build lint format types docs \
 	bench-quick clean
 
 demo: build
@@ -37,6 +37,10 @@ test: build
 
 conformance: build
 	$(INSTRUMENTED) $(PY) -m tests.conformance $(CONFORMANCE_ARGS)
+
+# What is different on purpose, run on torch, where all of it has to fail; `make test` runs it on fastref.
+differences: build
+	$(PY) -m tests.against_torch
 
 gates: build
 	$(INSTRUMENTED) $(PY) -m pytest -m gates $(PYTEST_ARGS)

@@ -178,9 +178,12 @@ cdef class ReferenceCaller(Caller):
     cdef object local(self, RRef rref, double timeout_s):
         """Wait for a value of our own and return it."""
         cdef OwnedValue owned = rref.owned
+        cdef int64_t creation_ns = rref.value_deadline_ns
         cdef int64_t deadline_ns, slice_ns = self.slice_ns, left
         if owned.settled == VALUE_PENDING:
             deadline_ns = self.deadline(timeout_s)
+            if creation_ns and (not deadline_ns or creation_ns < deadline_ns):
+                deadline_ns = creation_ns
             self.blocked(True)
             try:
                 while fr_load32_acquire(&owned.settled) == VALUE_PENDING:
@@ -188,6 +191,8 @@ cdef class ReferenceCaller(Caller):
                     if deadline_ns:
                         left = deadline_ns - fr_now_ns()
                         if left <= 0:
+                            if deadline_ns == creation_ns:
+                                self._creation_timed_out(self.peers[self.rank])
                             self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s)
                         if slice_ns >= 0:
                             left = min(left, slice_ns)
