@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import pytest
 
 from fastref.segments import run_root, sweep
 from tests import differences
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "migrating.md"
+
+
+def test_the_page_on_migrating_names_every_difference() -> None:
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+){4,})`", PAGE.read_text()))
+    assert named >= differences.DIFFERENCES.keys()
 
 
 @pytest.mark.parametrize("name", differences.DIFFERENCES)
