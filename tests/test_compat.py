@@ -21,6 +21,7 @@ from fastref.compat import __main__ as command
 from fastref.errors import UsageError
 from fastref.rpc import absent
 
+ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 100
 COMMAND = ["-m", "fastref.compat"]
 
@@ -152,7 +153,7 @@ def test_however_the_module_is_spelled_the_interpreter_keeps_its_options(
 
 def test_the_command_says_how_it_is_used(scripts: Path) -> None:
     assert "script.py [argument ...]" in run(*COMMAND, "--help", at=scripts)
-    assert "does not look" in run("-E", *COMMAND, "-c", "pass", at=Path(rpc.__file__).parents[2], succeeds=False)
+    assert "does not look" in run("-E", *COMMAND, "-c", "pass", at=ROOT, succeeds=False)
 
 
 def test_a_program_for_torch_runs_unchanged(scripts: Path) -> None:
@@ -192,6 +193,12 @@ def test_a_child_of_the_command_has_it_and_one_without_torch_loads_nothing(scrip
         "    subprocess.run([sys.executable, '-c', program], check=True)\n"
     )
     assert run(*COMMAND, "parent.py", at=scripts) == "fastref.rpc\n[]\nfastref.rpc\nfastref.rpc\n"
+
+
+def test_a_checkout_that_is_on_no_path_is_found(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (scripts / "program.py").write_text("import torch.distributed.rpc as rpc; print(rpc.__name__)")
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert run(*COMMAND, scripts / "program.py", at=ROOT) == "fastref.rpc\n"
 
 
 # ---- install()
