@@ -138,6 +138,7 @@ cdef class ForkData:
 cdef class Holder:
     cdef fr_holder h
     cdef object _regions
+    cdef public tuple epitaph           # once another worker has the owner's rank: name, rank, pid, reason, left
     cdef readonly object gone           # deque of (index, generation), without a bit: entries whose last count went
 
     cdef int take(self, uint32_t index, uint32_t generation) noexcept nogil
@@ -156,7 +157,7 @@ cdef class ReferenceTable:
     cdef uint32_t free_head, free_count, usable
     cdef uint64_t opened, closed, retired
     cdef object _regions
-    cdef readonly uint32_t generation_limit
+    cdef readonly uint32_t generation_limit, first_generation
 
     cdef int64_t open_entry(self, uint64_t bit) noexcept nogil
     cdef bint needs_sweep(self) noexcept nogil

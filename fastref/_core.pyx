@@ -304,6 +304,7 @@ cdef class Holder:
 
     def __cinit__(self, hold, descriptors, capacity: int, peer=None):
         self._regions = []
+        self.epitaph = None
         _regions_at(&self.h.at, hold, descriptors, capacity, self._regions)
         if peer is not None and not 0 <= peer < BITS:
             raise UsageError(f"a table names peers 0 to {BITS - 1}, got {peer}")
@@ -409,6 +410,13 @@ cdef class Holder:
             while self.h.held[index].count:
                 self.drop(index)
 
+    def retire(self) -> None:
+        """Let everything go, and write to no word of the owner from here on: the bit may come to be another worker's."""
+        self.let_all_go()
+        pthread_mutex_lock(&self.h.lock)
+        self.h.bit = 0  # what is taken from here on is counted and told to nobody
+        pthread_mutex_unlock(&self.h.lock)
+
     @property
     def entries_held(self) -> int:
         """Entries on which this process has a handle or pin."""
@@ -439,15 +447,18 @@ cdef class ReferenceTable:
         Entries whose memory is there already; ``extend`` adds more. All of them by default.
     generation_limit : int
         An entry is retired instead of reaching this generation.
+    first_generation : int
+        Of every entry, when it is opened for the first time.
     """
 
-    def __cinit__(self, hold, descriptors, capacity: int, usable=None, generation_limit: int = UINT32_MAX):
+    def __cinit__(self, hold, descriptors, capacity: int, usable=None, generation_limit: int = UINT32_MAX,
+                  first_generation: int = 0):
         self._regions = []
         memoryview(descriptors).cast("B")[0:0] = b""  # refuses read-only memory
         self.holder = Holder(hold, descriptors, capacity)
         self.holder.h.bit = FR_BIT_OWNER
         self.at = self.holder.h.at
-        self.generation_limit = generation_limit
+        self.generation_limit, self.first_generation = generation_limit, first_generation
         self.phase = <uint8_t*>calloc(capacity, 1)
         self.free_queue = <uint32_t*>calloc(capacity, sizeof(uint32_t))
         if self.phase == NULL or self.free_queue == NULL:
@@ -470,6 +481,8 @@ cdef class ReferenceTable:
         wanted = usable
         pthread_mutex_lock(&self.lock)
         for index in range(self.usable, wanted):
+            if self.first_generation:  # else what is there is right, and the page need not be touched
+                self.at.descriptors[index].generation = self.first_generation
             fr_store_release(&self.at.hold[index], FR_BIT_CLOSED)
             self._push_free(index)
         self.usable = max(self.usable, wanted)
@@ -699,6 +712,8 @@ cdef class PinQueue:
     cdef int push(self, uint64_t position, Holder holder, uint32_t index) except -1:
         cdef Pin* pins
         cdef uint64_t i, room
+        if not self.count and len(self._kept) > 1:  # whoever has just popped a pin has a reference of its own
+            self._kept.clear()
         self._kept[id(holder)] = holder
         pthread_mutex_lock(&self.lock)
         if self.count == self.room:
@@ -721,6 +736,7 @@ cdef class PinQueue:
         """Let go of every pin at or before ``position``; returns how many."""
         cdef int released = 0
         cdef Pin pin
+        cdef Holder holder
         while self.count:  # relaxed: a pin pushed right now is looked at next time
             pthread_mutex_lock(&self.lock)
             if not self.count or (<Pin*>self.pins)[self.head].position > position:
@@ -730,7 +746,8 @@ cdef class PinQueue:
             self.head = (self.head + 1) % self.room
             self.count -= 1
             pthread_mutex_unlock(&self.lock)
-            (<Holder>pin.holder).drop(pin.index)
+            holder = <Holder>pin.holder  # before anything else can run: an empty queue keeps none
+            holder.drop(pin.index)
             released += 1
         return released
 

@@ -76,12 +76,14 @@ class WorkerDied(PeerError):
     ----------
     name, rank, pid
         The worker as it was known to the job.
+    left : bool
+        It said goodbye before it went.
     """
 
-    def __init__(self, name: str, rank: int, pid: int, detail: str = "") -> None:
-        message = f"worker {name!r} (rank {rank}, pid {pid}) died"
+    def __init__(self, name: str, rank: int, pid: int, detail: str = "", left: bool = False) -> None:
+        message = f"worker {name!r} (rank {rank}, pid {pid}) {'has left' if left else 'died'}"
         super().__init__(f"{message}: {detail}" if detail else message, name)
-        self.name, self.rank, self.pid = name, rank, pid
+        self.name, self.rank, self.pid, self.left = name, rank, pid, left
 
 
 class OwnerDied(WorkerDied):

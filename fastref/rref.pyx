@@ -10,6 +10,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from fastref._core cimport Holder, fr_fork
 from fastref._core import GloballyUniqueId
 from fastref.errors import ForkedProcessError, NotInitialized, UsageError
+from fastref.options import WorkerInfo
 
 __all__ = ["HOW_ASYNC", "HOW_REMOTE", "HOW_SYNC", "OwnedValue", "RRef", "RRefProxy", "Wiring", "current_wiring",
            "set_current_wiring"]
@@ -158,14 +159,15 @@ cdef class RRef:
         return self.owned is not None
 
     def owner(self):
-        """Return the ``WorkerInfo`` of the worker where the value lives."""
+        """Return the ``WorkerInfo`` of the worker where the value lives, or lived."""
         self.wiring.check()
+        if self.holder is not None and self.holder.epitaph is not None:  # its rank is another's by now
+            return WorkerInfo(self.holder.epitaph[0], self.fork.owner)
         return self.wiring.worker(self.fork.owner)
 
     def owner_name(self) -> str:
-        """Return the name of the worker where the value lives."""
-        self.wiring.check()
-        return self.wiring.worker(self.fork.owner).name
+        """Return the name of the worker where the value lives, or lived."""
+        return self.owner().name
 
     def confirmed_by_owner(self) -> bool:
         """True once the owner has the value, or knows that it never will."""

@@ -48,6 +48,8 @@ POINTS = points()
 # Passed before a worker has joined: they are armed before init_rpc.
 AT_START = [point for point in POINTS if point.startswith(("segment.", "rendezvous."))]
 AT_END = [point for point in POINTS if point.startswith("shutdown.")]
+# Passed only in groups that workers join and leave: test_dynamic_groups.py.
+IN_GROUPS = [point for point in POINTS if point.startswith("group.")]
 # Passed when somebody else has died.
 IN_REMOVAL = [point for point in POINTS if point.startswith("removal.") or point == "table.peer_half_removed"]
 # Passed only where somebody has no bit in a table, and so holds by messages.
@@ -59,7 +61,7 @@ ABROAD = [
     "delete.queued",
     "delete.applied",
 ]
-RUNNING = [point for point in POINTS if point not in {*AT_START, *AT_END, *IN_REMOVAL, *ABROAD}]
+RUNNING = [point for point in POINTS if point not in {*AT_START, *AT_END, *IN_GROUPS, *IN_REMOVAL, *ABROAD}]
 # With one bit in each table, w0 has one everywhere: it asks nobody, and tells nobody what it has let go.
 NEVER_PASSED = {("fork.requested", "owner"), ("fork.accepted", "owner"), ("delete.queued", "owner")}
 

@@ -77,6 +77,7 @@ cdef class Channel:
 cdef struct Source:
     int kind                # 0: nobody, 1: ring, 2: queue
     fr_consumer consumer
+    void* memory            # of the ring that was read last
     void* first             # queue: singly linked messages
     void* last
     void* looking_at

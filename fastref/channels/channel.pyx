@@ -126,14 +126,19 @@ cdef class Inbox:
         pthread_mutex_destroy(&self.queue_lock)
 
     def add_ring(self, source: int, ring, size_bytes: int) -> None:
-        """Read the ring that peer ``source`` writes. ``ring``: zeroed memory of ``ring_bytes(size_bytes)``."""
+        """Read the ring that peer ``source`` writes. ``ring``: zeroed memory of ``ring_bytes(size_bytes)``.
+
+        While others read the inbox, one caller at a time with ``next``.
+        """
         cdef unsigned char[::1] memory = ring
         self._checked(source)
         if size_bytes < 1024 or size_bytes > 1 << 30 or size_bytes & (size_bytes - 1) or memory.shape[0] < size_bytes + <Py_ssize_t>FR_RING_DATA_OFFSET:
             raise UsageError(f"a ring of {size_bytes} bytes in {memory.shape[0]} bytes of memory")
         if source == self.favourite:
             self._prefer(NO_FAVOURITE)
-        self._rings.append(memoryview(ring))  # for good: a thread without the token may be looking at its tail
+        if self.sources[source].memory != &memory[0]:
+            self._rings.append(memoryview(ring))  # for good: a thread without the token may be looking at its tail
+            self.sources[source].memory = &memory[0]
         fr_consumer_open(&self.sources[source].consumer, &memory[0], size_bytes)
         self.sources[source].kind = RING
         fr_or(&self.bell.ready[source >> 6], <uint64_t>1 << (source & 63))  # look at it once: it may hold something

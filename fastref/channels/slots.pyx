@@ -156,14 +156,13 @@ cdef class ResponseSlots:
         cdef int result = fr_slot_give_up(&self.slots[slot], self.numbers[slot])
         if result == 0:
             return WAIT_DONE
-        if result < 0 and not dead:
-            pthread_mutex_lock(&self.lock)
+        pthread_mutex_lock(&self.lock)
+        # Not for one who is known to be dead: nobody looks at its flag again once it has been replaced.
+        if result < 0 and not dead and not fr_load32_acquire(self.died[slot]):
             self.abandoned |= <uint64_t>1 << slot
-            pthread_mutex_unlock(&self.lock)
         else:
-            pthread_mutex_lock(&self.lock)
             self.free_mask |= <uint64_t>1 << slot
-            pthread_mutex_unlock(&self.lock)
+        pthread_mutex_unlock(&self.lock)
         return WAIT_TIMED_OUT
 
     cdef void finish_here(self, int slot, uint64_t number, uint32_t flags) noexcept nogil:
@@ -194,6 +193,20 @@ cdef class ResponseSlots:
     def wake_waiting(self) -> None:
         """Let every waiting thread look at its peer's death flag."""
         self.wake_all()
+
+    def is_idle(self) -> bool:
+        """True when nobody waits in a slot; those that were given up do not count."""
+        cdef bint idle
+        pthread_mutex_lock(&self.lock)
+        idle = (self.free_mask | self.abandoned) == (<uint64_t>0xFFFFFFFFFFFFFFFF) >> (64 - self.count)
+        pthread_mutex_unlock(&self.lock)
+        return idle
+
+    def collect_abandoned(self) -> None:
+        """Take back what was given up on the dead: from here on nothing points to the flags that say so."""
+        pthread_mutex_lock(&self.lock)
+        self._collect_abandoned()
+        pthread_mutex_unlock(&self.lock)
 
     def snapshot(self) -> dict:
         """Plain figures: slots, free, abandoned, and how waits ended."""

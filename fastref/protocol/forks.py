@@ -217,6 +217,10 @@ class UserForks:
                 commands.append(ChildAccept(parent, fork))
         return commands
 
+    def owner_replaced(self, owner: int) -> None:
+        """Another worker has the rank of an owner that has died."""
+        self._lost.discard(owner)
+
     def waiting(self) -> int:
         """Forks that the owner has not answered for."""
         return len(self._requested)

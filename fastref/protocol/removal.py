@@ -7,7 +7,8 @@ until every live worker has acquired all that it published: this process asks th
     Died(dead)          the monitor                         Send(DrainAsk) to all that live; or Clear if nobody does
     Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered;
                                                             Clear of other dead whom only this one still held up
-    Ask(dead, asker)    a live worker                       Send(DrainDone) at once, or when we have drained it
+    Ask(dead, asker)    a live worker                       Send(DrainDone) at once, or when we have drained it; at once
+                                                            too about one that was never met, or was forgotten
     Done(dead, worker)  a live worker                       Clear, if it was the last
 """
 
@@ -89,7 +90,8 @@ class Removal:
     me : int
         This worker's rank.
     live : iterable of int
-        Ranks of the workers that live now, this one included or not.
+        Ranks of the workers that live now, this one included or not. In a group whose ranks are used again, any
+        numbers that are not.
     """
 
     def __init__(self, me: int, live: set[int]) -> None:
@@ -110,6 +112,12 @@ class Removal:
             return self._drained(event.dead, case)
         case.awaited.discard(event.worker)
         return self._maybe_clear(event.dead, case)
+
+    def forget(self, dead: int) -> None:
+        """Another has taken the place of a worker that was removed."""
+        if not self.is_cleared(dead):
+            raise ProtocolError(f"rank {dead} is not removed yet")
+        del self._cases[dead]
 
     def is_cleared(self, dead: int) -> bool:
         """True once nothing of a dead worker is left here."""
@@ -138,6 +146,8 @@ class Removal:
     def _ask(self, dead: int, asker: int) -> list[Command]:
         if dead == self.me or asker == self.me:
             raise ProtocolError(f"rank {asker} asks rank {self.me} about rank {dead}")
+        if dead not in self.live and dead not in self._cases:
+            return [SendDone(asker, dead)]  # it sent nothing here
         case = self._cases.setdefault(dead, _Case())
         if case.drained:
             return [SendDone(asker, dead)]

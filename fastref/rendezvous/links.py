@@ -17,9 +17,12 @@ from fastref.segments.rundir import make_private_directory
 
 __all__ = [
     "CLOSED",
+    "GROUP_ASK",
     "HEARD",
     "JOIN_FAILED",
     "LINK_FAILED",
+    "MEMBER_SUFFIX",
+    "STATIC_SUFFIX",
     "Link",
     "Listener",
     "Segments",
@@ -37,6 +40,11 @@ HEARD = "heard"
 JOIN_FAILED, LINK_FAILED = "join-failed", "link-failed"
 """What a worker that cannot start says: to the coordinator before the members are known, to every member then."""
 
+GROUP_ASK = "group-ask"
+"""What a worker says to each member of the group that it wants to join."""
+STATIC_SUFFIX, MEMBER_SUFFIX = "sock", "member"
+"""How the sockets of workers end: of those of a job of fixed size, of those of a group that workers join and leave."""
+
 Segments = Mapping[str, tuple[int, int]]
 """Label -> (descriptor, size in bytes)."""
 
@@ -44,7 +52,7 @@ _BACKLOG = 4096
 
 
 class Listener:
-    """The unix socket at which one instance can be reached: ``<directory>/<instance>.sock``.
+    """The unix socket at which one instance can be reached: ``<directory>/<instance>.<suffix>``.
 
     Parameters
     ----------
@@ -52,12 +60,14 @@ class Listener:
         The private directory of the job.
     instance : str
         The id of the instance, sixteen hex digits.
+    suffix : str
+        Tells what kind of worker it is.
     """
 
-    def __init__(self, directory: Path, instance: str) -> None:
+    def __init__(self, directory: Path, instance: str, suffix: str = STATIC_SUFFIX) -> None:
         self.directory = directory
         self.instance = instance
-        self.path = directory / f"{instance}.sock"
+        self.path = directory / f"{instance}.{suffix}"
         self._pid = os.getpid()
         # Given up to take and drop a visitor when no descriptor is left; otherwise it would stay
         # in the queue and the listener would be readable for ever.

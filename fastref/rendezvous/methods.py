@@ -12,12 +12,24 @@ from fastref.errors import RendezvousError, UsageError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["LOCAL", "check_numbers", "claimed_numbers", "job_name", "open_store", "resolve_rank", "scheme_of"]
+__all__ = [
+    "LOCAL",
+    "check_numbers",
+    "claimed_numbers",
+    "is_open",
+    "job_name",
+    "open_store",
+    "resolve_member_rank",
+    "resolve_rank",
+    "scheme_of",
+]
 
 LOCAL = "local"
 _FROM_ENVIRONMENT = (LOCAL, "env")
 # Waiting for ever is allowed, and a store wants a number.
 _LONGEST_STORE_TIMEOUT_S = 7 * 86400.0
+# It is only asked what is wrong, and says so at once.
+_STORE_SAYS_NO_S = 1.0
 
 
 def scheme_of(init_method: str) -> str:
@@ -91,12 +103,36 @@ def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None
         raise UsageError(f"{init_method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK; got {rank}")
     if world_size == 0:
         raise UsageError(
-            "world_size is missing: pass it to init_rpc or set WORLD_SIZE; "
-            "groups whose size is open (world_size=None) are not available yet"
+            "world_size is missing: it is 0; pass 1 or more, or None for a group that workers join and leave"
         )
     if world_size < 0:
         raise UsageError(f"world_size must be 1 or more, it is {world_size}")
     return rank, world_size
+
+
+def is_open(init_method: str, world_size: int | None) -> bool:
+    """Return whether a group has no fixed size: no world size is given, neither here nor by the init method."""
+    return world_size is None and not _settings(init_method).get("world_size")
+
+
+def resolve_member_rank(init_method: str, rank: int = -1) -> int:
+    """Return the rank of a worker of a group without a fixed size, as ``resolve_rank`` does.
+
+    Raises
+    ------
+    UsageError
+        The rank of a local job is missing, or it is negative.
+    ValueError
+        Torch's own, where a c10d method has no rank.
+    """
+    check_numbers(rank, None)
+    if rank == -1:
+        rank = _integer("rank", _settings(init_method).get("rank") or "-1")
+    if rank == -1 and scheme_of(init_method) != LOCAL:
+        open_store(init_method, -1, -1, _STORE_SAYS_NO_S)
+    if rank < 0:
+        raise UsageError(f"{init_method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK; got {rank}")
+    return rank
 
 
 def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -> Store:

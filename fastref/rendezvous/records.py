@@ -35,7 +35,7 @@ class WorkerRecord:
     address : str
         Path of its unix socket.
     world_size : int
-        How many workers it expects.
+        How many workers it expects; 0: a group that workers join and leave.
     version : str
         Its version of fastref.
     layout : int
@@ -44,6 +44,8 @@ class WorkerRecord:
         How many peers one word of its reference table can name.
     host : str
         Where it runs: equal texts can share pids and memory.
+    incarnation : int
+        How many workers of the group had its rank before.
     """
 
     name: str
@@ -56,6 +58,7 @@ class WorkerRecord:
     layout: int
     bits: int
     host: str
+    incarnation: int = 0
 
     def __str__(self) -> str:
         return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
@@ -93,11 +96,12 @@ class WorkerRecord:
             pid=read_integer(fields, "pid", least=1, most=2**31 - 1),
             instance=instance,
             address=address,
-            world_size=read_integer(fields, "world_size", least=1, most=MAX_WORLD_SIZE),
+            world_size=read_integer(fields, "world_size", most=MAX_WORLD_SIZE),
             version=read_text(fields, "version", most=64),
             layout=read_integer(fields, "layout"),
             bits=read_integer(fields, "bits", most=64),
             host=read_text(fields, "host", most=512),
+            incarnation=read_integer(fields, "incarnation", most=(1 << 12) - 1),
         )
 
     @classmethod

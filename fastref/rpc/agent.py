@@ -28,7 +28,8 @@ class RpcAgent:
     @property
     def is_static_group(self) -> bool:
         """Whether nobody joins or leaves."""
-        return True
+        static: bool = self._runtime.is_static
+        return static
 
     def get_worker_info(self, worker_name: str | int | None = None) -> WorkerInfo:
         """Return name and rank of a worker, of this one by default."""
@@ -36,8 +37,8 @@ class RpcAgent:
         return info
 
     def get_worker_infos(self) -> list[WorkerInfo]:
-        """Return name and rank of all workers."""
-        return [peer.info for peer in self._runtime.peers]
+        """Return name and rank of all workers; in a group that workers join and leave, of those who are there now."""
+        return [peer.info for peer in self._runtime.ranks if peer is not None]
 
     def get_debug_info(self) -> dict[str, str]:
         """Return torch's counters of threads and calls."""

@@ -315,7 +315,8 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
     ------
     ``torch.distributed.rpc.shutdown``.
     """
-    if _ignore_rref_leak:
+    runtime = current_wiring()
+    if _ignore_rref_leak or runtime is None or not runtime.is_static:  # one who leaves a group asks nobody to let go
         api.leave(graceful, timeout)
     else:
         deadline = time.monotonic() + timeout if timeout else math.inf

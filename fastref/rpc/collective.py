@@ -40,7 +40,7 @@ class Gathering:
             if runtime is None:
                 raise NotInitialized("this worker has left the job")
             for name in missing():
-                peer = next((peer for peer in runtime.peers if peer.name == name), None)
+                peer = next((peer for peer in runtime.known_peers() if peer.name == name), None)
                 if peer is not None and peer.is_dead:
                     raise WorkerDied(peer.name, peer.rank, peer.pid, peer.death or "")
             if deadline is not None and time.monotonic() > deadline:

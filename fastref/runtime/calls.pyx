@@ -369,7 +369,8 @@ cdef class Caller(Post):
         cdef Pending pending
         for item in list(self.pending.values()):
             pending = <Pending>item
-            if pending.peer.rank == rank and self.pending.pop(pending.call, None) is not None:
+            # Dead: by now another may have its rank.
+            if pending.peer.rank == rank and pending.peer.is_dead and self.pending.pop(pending.call, None) is not None:
                 pending.settle(None, pending.peer.died_error(isinstance(pending.what, str)))
 
     @property

@@ -53,6 +53,7 @@ class OwnMemory:
 
     def __init__(self, lock: InstanceLock, options: RpcBackendOptions) -> None:
         self._fds: dict[str, tuple[int, int]] = {}
+        self._rings: dict[int, Mapping] = {}
         self.capacity = options.table_capacity
         self.usable = 0
         limit = options.arena_limit
@@ -116,13 +117,20 @@ class OwnMemory:
         """Make sure of the memory of a range of the arena."""
         allocate(self._fds["arena"][0], offset, size_bytes)
 
-    def create_ring(self) -> tuple[int, Mapping]:
-        """Make a ring for a peer to write: its descriptor, which the caller closes, and the mapping."""
+    def create_ring(self, rank: int) -> tuple[int, Mapping]:
+        """Make a ring for a peer to write: its descriptor, which the caller closes, and the mapping.
+
+        The ring of a later peer of that rank takes the place of the first one's: threads may still look there.
+        """
         size_bytes = ring_bytes(RING_SIZE)
         fd = create_memfd("ring", size_bytes)
         try:
             allocate(fd, 0, size_bytes)
-            return fd, map_fd(fd, size_bytes, writable=True)
+            if rank in self._rings:
+                self._rings[rank].replace(fd)
+            else:
+                self._rings[rank] = map_fd(fd, size_bytes, writable=True)
+            return fd, self._rings[rank]
         except BaseException:
             os.close(fd)
             raise

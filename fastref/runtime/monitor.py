@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from fastref.errors import FastrefError, ForkedProcessError
-from fastref.rendezvous import CLOSED, Connection, Link, Listener, Message, read_link_hello, refuse
+from fastref.rendezvous import CLOSED, GROUP_ASK, Connection, Link, Listener, Message, read_link_hello, refuse
 
 __all__ = ["PERIOD_S", "Monitor"]
 
@@ -52,6 +52,8 @@ class Monitor:
         ``on_message(rank, kind, body, descriptors)``.
     on_link : callable
         ``on_link(link)``: neither granted nor refused yet; the callee owns it.
+    on_ask : callable
+        ``on_ask(visitor, message)``: somebody wants to join a group that is running; the callee owns both.
     period_s : float or None
         Seconds between ticks; None: only ``wake`` and ``due`` make one.
     due : callable
@@ -67,6 +69,7 @@ class Monitor:
         on_tick: Callable[[float], None],
         on_message: OnMessage,
         on_link: Callable[[Link], None],
+        on_ask: Callable[[Connection, Message], None] = lambda visitor, message: refuse(visitor, CLOSED),
         period_s: float | None = PERIOD_S,
         due: Callable[[], float] = lambda: _NEVER,
     ) -> None:
@@ -75,6 +78,7 @@ class Monitor:
         self._on_tick = on_tick
         self._on_message = on_message
         self._on_link = on_link
+        self._on_ask = on_ask
         self._period_s = period_s
         self._due = due
         self._pid = os.getpid()
@@ -234,6 +238,9 @@ class Monitor:
             message = visitor.receive_message()
             if message is None:
                 visitor.close()
+                return
+            if message.kind == GROUP_ASK:
+                self._on_ask(visitor, message)
                 return
             link = read_link_hello(visitor, message, self._listener)
         except (OSError, FastrefError) as error:

@@ -19,6 +19,9 @@ cdef class Peer:
     cdef readonly PinQueue pins
     cdef readonly PeerArena arena
     cdef readonly uint32_t bits         # how many ranks have a bit in its table
+    cdef readonly uint32_t incarnation  # how many workers of this group had its rank before
+    cdef uint32_t first_generation, generations     # of the entries in its table
+    cdef readonly Holder serves         # what calls through references must hold of it; None: it takes no calls
     cdef public bint shares_main
     cdef public bint greeted
     cdef public bint left               # it said goodbye

@@ -33,10 +33,16 @@ cdef class Peer:
         Its arena.
     bits : int
         How many ranks have a bit in its table.
+    incarnation : int
+        How many workers had its rank before, in a group that workers join and leave.
+    generations : range
+        Of the entries in its table: no other incarnation has one of them.
     """
 
     def __init__(self, rank: int, info, pid: int, channel: Channel, slots: PeerSlots, holder: Holder,
-                 arena: PeerArena, bits: int):
+                 arena: PeerArena, bits: int, incarnation: int = 0, generations: range = range(0xFFFFFFFF)):
+        self.incarnation, self.serves = incarnation, holder
+        self.first_generation, self.generations = generations.start, len(generations)
         self.rank, self.info, self.pid, self.bits = rank, info, pid, bits
         self.channel, self.slots, self.holder, self.arena = channel, slots, holder, arena
         self.pins = PinQueue()
@@ -51,6 +57,11 @@ cdef class Peer:
         return self.info.name
 
     @property
+    def uid(self) -> int:
+        """Rank and incarnation as one number: no other worker of the group ever has it."""
+        return <uint64_t>self.incarnation << 16 | self.rank
+
+    @property
     def is_dead(self) -> bool:
         """True once its death has been noticed."""
         return fr_load32_acquire(&self.died) != 0
@@ -61,10 +72,15 @@ cdef class Peer:
         self.channel.close()
         fr_store32_release(&self.died, 1)
 
+    def refuse_calls(self) -> None:
+        """Note that the peer leaves: what was sent is answered, calls through references are refused from here on."""
+        self.serves = None
+        self.left = True
+
     def died_error(self, owner: bool = False) -> WorkerDied:
         """Return the exception for whoever waited for this peer."""
         kind = OwnerDied if owner else WorkerDied
-        return kind(self.info.name, self.rank, self.pid, self.death or "")
+        return kind(self.info.name, self.rank, self.pid, self.death or "", left=self.left)
 
     def add_credits(self, credits: list) -> None:
         """Take entries that the peer opened for our ``remote()`` calls: (index, generation, fork)."""

@@ -39,7 +39,8 @@ cdef fr_thread* this_thread() noexcept nogil
 
 cdef class Post(Wiring):
     cdef readonly list peers            # by rank; None where nobody is
-    cdef dict names
+    cdef readonly list ranks            # by rank, who may be called; None for others
+    cdef dict names                     # by name, likewise
     cdef readonly Inbox inbox
     cdef readonly ResponseSlots slots
     cdef readonly Arena arena
@@ -58,6 +59,7 @@ cdef class Post(Wiring):
     cdef uint64_t new_call(self) noexcept nogil
     cdef int64_t deadline(self, double timeout_s) noexcept
     cdef Peer peer_of(self, object to)
+    cdef Peer owner_of(self, RRef rref)
     cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1
     cdef int _sent(self, Peer peer, int64_t position, list pinned, int64_t lent) except -1
     cdef bint flush(self, Peer peer) except -1

@@ -16,7 +16,7 @@ from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, 
                                  RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.codec.pickling import dumps, loads
-from fastref.errors import CallTimeout, ProtocolError, ResourceError, UsageError
+from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 
 __all__ = ["Post"]
@@ -56,7 +56,7 @@ cdef class Post(Wiring):
     def __init__(self, rank: int, info, peers: list, inbox, slots, arena, table, ids, default_timeout_s: float):
         self.rank, self.info = rank, info
         self.peers = peers
-        self.names = {}
+        self.names, self.ranks = {}, []
         self.inbox, self.slots, self.arena, self.table, self.ids = inbox, slots, arena, table, ids
         self.default_timeout_s = default_timeout_s
         self.fork_count = forks_so_far()
@@ -65,11 +65,26 @@ cdef class Post(Wiring):
         self.owned = []
 
     def add_peer(self, peer: Peer) -> None:
-        """Make a worker known by name and rank."""
+        """Make a worker known, for frames from it and for references to its values."""
         while len(self.peers) <= peer.rank:
             self.peers.append(None)
+            self.ranks.append(None)
         self.peers[peer.rank] = peer
-        self.names[peer.info.name] = peer
+
+    def dismiss(self, peer: Peer) -> None:
+        """Let a worker be called no more by name and rank, unless another has them by now."""
+        if self.ranks[peer.rank] is peer:
+            self.ranks[peer.rank] = None
+        if self.names.get(peer.info.name) is peer:
+            del self.names[peer.info.name]
+
+    def introduce(self, peer: Peer) -> None:
+        """Let a worker be called by name and rank."""
+        self.ranks[peer.rank] = self.names[peer.info.name] = peer
+
+    def known_peers(self) -> list:
+        """The workers that were met, this one and the dead among them, without the gaps between ranks."""
+        return [peer for peer in self.peers if peer is not None]
 
     cdef Encoder encoder(self):
         """An empty encoder; ``encoder_done`` takes it back."""
@@ -112,14 +127,26 @@ cdef class Post(Wiring):
         elif isinstance(to, WorkerInfo):
             found = self.names.get(to.name)
         elif isinstance(to, int) and not isinstance(to, bool):
-            if 0 <= to < len(self.peers):
-                found = self.peers[to]
+            if 0 <= to < len(self.ranks):
+                found = self.ranks[to]
         else:
             raise ValueError(f"Cannot get WorkerInfo from name {to}")
         if found is None:
+            for peer in self.known_peers():
+                if peer.left and to in (peer.rank, peer.info.name, peer.info):
+                    raise peer.died_error()
             what = f"id {to}" if isinstance(to, int) else f"name {to.name if isinstance(to, WorkerInfo) else to}"
             raise UsageError(f"name:{self.info.name},rank:{self.rank} could not find destination {what}")
         return <Peer>found
+
+    cdef Peer owner_of(self, RRef rref):
+        """The worker where the value of a reference lives, for a call to it."""
+        cdef Peer peer = <Peer>self.peers[rref.fork.owner]
+        if peer.serves is not rref.holder:
+            if rref.holder.epitaph is not None:
+                raise OwnerDied(*rref.holder.epitaph)
+            raise peer.died_error(True)
+        return peer
 
     cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1:
         """Send one frame: ``head`` with the references and payload of ``body``.

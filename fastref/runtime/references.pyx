@@ -252,12 +252,13 @@ cdef class ReferenceCaller(Caller):
         return self._fetch(rref, timeout)
 
     cdef object _fetch(self, RRef rref, double timeout_s):
-        cdef Peer peer = <Peer>self.peers[rref.fork.owner]
+        cdef Peer peer
         cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
         cdef fr_frame head
         cdef Encoder body
         if rref.creation is not None:
             raise rref.creation
+        peer = self.owner_of(rref)
         if rref.type_str is not None:
             raise UsageError(f"{rref._describe()} is an RRef to a ScriptModule. It can't be sent through RPC from owner, "
                              f"{peer.info}, to user, {self.info}.")
@@ -315,7 +316,7 @@ cdef class ReferenceCaller(Caller):
     cdef object _ask(self, RRef rref, str question, double timeout_s):
         """A future of what the owner of a value says about it; as with a method, no thread waits for the value."""
         if rref.creation is None and (rref.owned is None or rref.owned.settled == VALUE_PENDING):
-            return self.call_async(<Peer>self.peers[rref.fork.owner], None, rref, question, (), None, timeout_s)
+            return self.invoke(rref, question, (), None, timeout_s, HOW_ASYNC)
         future = Future()
         if rref.creation is not None:
             future.set_exception(rref.creation)
@@ -332,9 +333,17 @@ cdef class ReferenceCaller(Caller):
         return rref.creation is None and fr_load32_acquire(&d.state) != FR_VALUE_PENDING
 
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
-        cdef Peer peer = <Peer>self.peers[rref.fork.owner if rref.holder is not None else self.rank]
+        cdef Peer peer
         if rref.creation is not None:
             raise rref.creation
+        try:
+            peer = self.owner_of(rref) if rref.holder is not None else <Peer>self.peers[self.rank]
+        except PeerError as error:
+            if how != HOW_ASYNC:
+                raise
+            future = Future()
+            future.set_exception(error)
+            return future
         if fr_load32_acquire(&peer.died) and how == HOW_SYNC:
             raise peer.died_error(True)
         if self.detour is not None:

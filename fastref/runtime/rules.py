@@ -32,14 +32,15 @@ class RuleKeeper(Server):
     bits: int  # ranks below this have a bit in this worker's table
     main_digest: str  # of the ``__main__`` that this worker runs; empty: none that a peer could share
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, incarnation: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        live = {self.rank}
+        self.incarnation = incarnation
+        uid = incarnation << 16 | self.rank  # as Peer.uid
         self._rules = threading.Lock()
-        self._removal = removal.Removal(self.rank, live)
+        self._removal = removal.Removal(uid, {uid})
         self._owner_forks = forks.OwnerForks()
         self._user_forks = forks.UserForks()
-        self._rounds = Rounds(self.rank, live)
+        self._rounds = Rounds(self.rank, {self.rank})
         self._round_heard = threading.Condition()
         self._greeted = threading.Condition()
         self._acts = {
@@ -56,12 +57,14 @@ class RuleKeeper(Server):
             Kind.GREETING: self._greeting,
         }
 
-    def meet(self, peer: Peer) -> None:
-        """Count a worker among those that live."""
+    def meet(self, peer: Peer, introduce: bool = True) -> None:
+        """Count a worker among those that live; ``introduce``: it may be called."""
         self.add_peer(peer)
+        if introduce:
+            self.introduce(peer)
         if peer.rank != self.rank:
             with self._rules:
-                self._removal.live.add(peer.rank)
+                self._removal.live.add(peer.uid)
                 self._rounds.live.add(peer.rank)
 
     # ---- frames
@@ -207,7 +210,7 @@ class RuleKeeper(Server):
         alive = self.table.holder.generation(index) == generation and self.table.phase_of(index) == "used"
         with self._rules:
             # One who is dead counts until it is removed: what it has published rests on its fork.
-            if self._removal.is_cleared(peer.rank):
+            if self._removal.is_cleared(peer.uid):
                 return
             commands = self._owner_forks.requested((index, generation), fork, peer.rank, alive)
         self._mark_and_clear(commands)
@@ -283,7 +286,7 @@ class RuleKeeper(Server):
         self.do_later(lambda: self.fail_pending(rank))
         self.do_later(functools.partial(self._keep_leases, peer))
         with self._rules:
-            commands = self._removal.handle(removal.Died(rank))
+            commands = self._removal.handle(removal.Died(peer.uid))
             user_commands = self._user_forks.owner_lost(rank)
         self.inbox.ring_for_dead(rank)
         with self._round_heard:
@@ -325,7 +328,7 @@ class RuleKeeper(Server):
                 waiting = True
             else:
                 waiting = False
-                commands = self._removal.handle(removal.Drained(rank))
+                commands = self._removal.handle(removal.Drained(self.peers[rank].uid))
         if waiting:
             self.watched.add(rank)
             return
@@ -333,43 +336,45 @@ class RuleKeeper(Server):
 
     def _drain_asked(self, peer: Peer, call: int, value: Any) -> None:
         with self._rules:
-            commands = self._removal.handle(removal.Ask(call, peer.rank))
+            commands = self._removal.handle(removal.Ask(call, peer.uid))
         self._perform_removal(commands)
 
     def _drain_done(self, peer: Peer, call: int, value: Any) -> None:
         with self._rules:
-            commands = self._removal.handle(removal.Done(call, peer.rank))
+            commands = self._removal.handle(removal.Done(call, peer.uid))
         self._perform_removal(commands)
 
     def _perform_removal(self, commands: list) -> None:
         for command in commands:
             if isinstance(command, removal.LookAtInbox):
-                self.watch_inbox(command.dead)
+                self.watch_inbox(_rank_of(command.dead))
             elif isinstance(command, removal.SendAsk):
-                self.tell(self.peers[command.to], Kind.DRAIN_ASK, None, call=command.dead)
+                self.tell(self.peers[_rank_of(command.to)], Kind.DRAIN_ASK, None, call=command.dead)
                 _core.failpoint("removal.asked")
             elif isinstance(command, removal.SendDone):
-                self.tell(self.peers[command.to], Kind.DRAIN_DONE, None, call=command.dead)
+                self.tell(self.peers[_rank_of(command.to)], Kind.DRAIN_DONE, None, call=command.dead)
             elif isinstance(command, removal.Clear):
-                if command.dead < self.bits:
-                    self.table.remove_peer(command.dead)
-                with self._rules:
-                    cleared = self._owner_forks.holder_lost(command.dead)
-                self._mark_and_clear(cleared)
-                self._let_children_go(self.peers[command.dead])
-                # From here on a frame that names such an entry is told at once that the value is lost.
-                unmade = [index for index, rank in self.credit_of.items() if rank == command.dead]
-                for index in unmade:
-                    del self.credit_of[index]
-                begun = [
-                    (index, self.owned[index]) for index in unmade if index < len(self.owned) and self.owned[index]
-                ]
-                self.do_later(functools.partial(self._fail_values, command.dead, begun))
+                self._clear(self.peers[_rank_of(command.dead)])
                 _core.failpoint("removal.cleared")
 
-    def _fail_values(self, dead: int, begun: list[tuple[int, Any]]) -> None:
+    def _clear(self, peer: Peer) -> None:
+        """Take a dead worker out of this one's table."""
+        if peer.rank < self.bits:
+            self.table.remove_peer(peer.rank)
+        with self._rules:
+            cleared = self._owner_forks.holder_lost(peer.rank)
+        self._mark_and_clear(cleared)
+        self._let_children_go(peer)
+        # From here on a frame that names such an entry is told at once that the value is lost.
+        unmade = [index for index, rank in self.credit_of.items() if rank == peer.rank]
+        for index in unmade:
+            del self.credit_of[index]
+        begun = [(index, self.owned[index]) for index in unmade if index < len(self.owned) and self.owned[index]]
+        self.do_later(functools.partial(self._fail_values, peer, begun))
+
+    def _fail_values(self, dead: Peer, begun: list[tuple[int, Any]]) -> None:
         """Values that a dead worker's remote() should have made, and whose requests never came, never will be."""
-        error = encode_failure(self.peers[dead].died_error(), self.info)
+        error = encode_failure(dead.died_error(), self.info)
         for index, owned in begun:
             if self.owned[index] is owned:
                 self.settle_failed(index, error)
@@ -379,10 +384,9 @@ class RuleKeeper(Server):
     def on_tick(self, now_s: float) -> None:
         """What has to happen every 100 ms at the latest."""
         self.flush_all()
-        for peer in self.peers:
-            if peer is not None:
-                peer.free(self.arena)
-                self._delete_what_is_gone(peer)
+        for peer in self.known_peers():
+            peer.free(self.arena)
+            self._delete_what_is_gone(peer)
         self.expire()
         if self.table.is_flagged() or self.watched:
             self.wake_leader()
@@ -397,3 +401,7 @@ class RuleKeeper(Server):
 
 
 GRANT_MORE = 0xFFFF
+
+
+def _rank_of(uid: int) -> int:
+    return uid & 0xFFFF

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import math
 import os
@@ -17,32 +18,43 @@ from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
 from fastref._version import __version__
 from fastref.carriers.arena import Arena
 from fastref.carriers.borrow import PeerArena
-from fastref.channels.channel import Inbox
+from fastref.channels.channel import MAX_PEERS, Inbox
 from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel
 from fastref.channels.slots import PeerSlots, ResponseSlots
 from fastref.codec import mainmodule
 from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, WorkerDied
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
+from fastref.protocol.membership import generations_of
 from fastref.rendezvous import (
     LINK_FAILED,
+    MEMBER_SUFFIX,
     Link,
     Listener,
     Membership,
     WorkerRecord,
+    ask_members,
+    check_no_group,
+    check_no_job,
     check_numbers,
+    check_rank,
     could_not_start,
+    group_name,
+    is_open,
     job_name,
     join,
     link_all,
+    link_members,
+    resolve_member_rank,
+    take_turn,
     tell_coordinator,
     tell_members,
 )
 from fastref.rendezvous.fields import read_text
+from fastref.runtime.groups import GroupKeeper
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
 from fastref.runtime.monitor import PERIOD_S, Monitor
 from fastref.runtime.peer import Peer
-from fastref.runtime.rules import RuleKeeper
 from fastref.segments import InstanceLock, host_identity, job_directory, run_root, sweep
 from fastref.wire.kinds import Kind
 
@@ -51,9 +63,10 @@ __all__ = ["Runtime"]
 logger = logging.getLogger("fastref")
 
 LOOPBACK_ROOM = 4096  # records that may be under way to ourselves
+IDS_BITS = 36  # of a worker's ids are its own count; the bits above tell it from others who had its rank
 
 
-class Runtime(RuleKeeper):
+class Runtime(GroupKeeper):
     """A worker, from joining its job to leaving it.
 
     Parameters
@@ -63,6 +76,7 @@ class Runtime(RuleKeeper):
     rank : int
         -1: from where the init method has it.
     world_size : int or None
+        None, where the init method has none either: a group that workers join and leave.
     options : RpcBackendOptions
     store : torch.distributed.Store, optional
         Instead of the one that the init method leads to.
@@ -92,11 +106,13 @@ class Runtime(RuleKeeper):
         self.bits = options.table_bits
         self.main_digest = mainmodule.fingerprint()
         self._links: dict[int, Link] = {}
+        self._closing = threading.Lock()
         self._ended = threading.Lock()
         self._monitor: Monitor | None = None
         self._membership: Membership | None = None
         self._listener: Listener | None = None
         self._memory: OwnMemory | None = None
+        self._is_open = False  # the group that it wants to join, or has joined
         self._failure: str | None = None  # why another worker gave up while this one waited for it to serve
         root = run_root()
         sweep(root)
@@ -105,7 +121,9 @@ class Runtime(RuleKeeper):
             self._start(name, rank, world_size, store, count)
         except BaseException as error:
             try:
-                if isinstance(error, Exception):
+                if self._is_open:
+                    self._say_goodbye()
+                elif isinstance(error, Exception):
                     self._tell_others(error, name, rank, world_size, store, count)
             finally:
                 self._release()
@@ -115,30 +133,78 @@ class Runtime(RuleKeeper):
     def _start(self, name: str, rank: int, world_size: int | None, store: Any, count: int) -> None:
         options = self.options
         deadline = time.monotonic() + options.rpc_timeout if options.rpc_timeout else math.inf
+        self._is_open = is_open(options.init_method, world_size)
+        if self._is_open:
+            self._start_in_group(name, rank, store, deadline)
+            return
         directory = job_directory(run_root(), job_name(options.init_method))
         # First of all: over it a worker that fails in what follows can be heard.
         self._listener = Listener(directory, self._lock.instance)
         failpoint("rendezvous.listening")
         check_worker_name(name)
         check_numbers(rank, world_size)
-        self._memory = memory = OwnMemory(self._lock, options)
+        check_no_group(self._listener)
+        self._memory = OwnMemory(self._lock, options)
         self._membership = join(
             self._describe(name), self._listener, options.init_method, rank, world_size, options.rpc_timeout, store,
             count,
         )  # fmt: skip
         failpoint("rendezvous.joined")
-        record = self._membership.record
-        inbox = Inbox(memory.bell)
-        table = ReferenceTable(memory.hold, memory.descriptors, memory.capacity, memory.usable)
-        super().__init__(
-            record.rank, WorkerInfo(name, record.rank), [], inbox, ResponseSlots(memory.slots, SLOTS),
-            Arena(memory.arena, memory.commit_arena, table.holder), table, IdGenerator(record.rank),
-            options.rpc_timeout, thread_cap=options.num_worker_threads,
-        )  # fmt: skip
+        self.record = record = self._membership.record
+        self._build(record)
         try:
             self._link_up(deadline)
         except WorkerDied as error:
             raise RendezvousError(f"worker {record} cannot start: {error}") from error
+
+    def _start_in_group(self, name: str, rank: int, store: Any, deadline: float) -> None:
+        """Join a group of open size: meet all members one by one, and be known to all of them."""
+        options = self.options
+        check_worker_name(name)
+        rank = resolve_member_rank(options.init_method, rank)
+        check_rank(rank, MAX_PEERS)
+        directory = job_directory(run_root(), group_name(options.init_method, store))
+        self._listener = Listener(directory, self._lock.instance, MEMBER_SUFFIX)
+        failpoint("rendezvous.listening")
+        self._memory = memory = OwnMemory(self._lock, options)
+        record = dataclasses.replace(self._describe(name), rank=rank, world_size=0)
+        with take_turn(self._listener, deadline):
+            check_no_job(self._listener)
+            members, used = ask_members(record, self._listener, deadline)
+            self.record = record = dataclasses.replace(record, incarnation=used.get(rank, 0))
+            self._build(record)
+            rings: dict[int, int] = {}
+
+            def segments_for(peer: WorkerRecord) -> dict[str, tuple[int, int]]:
+                rings[peer.rank], ring = memory.create_ring(peer.rank)
+                self.inbox.add_ring(peer.rank, ring, RING_SIZE)
+                return memory.for_peer(rings[peer.rank])
+
+            try:
+                self._links = link_members(record, members, segments_for, deadline)
+            finally:
+                for fd in rings.values():
+                    os.close(fd)
+            failpoint("rendezvous.linked")
+            self.begin_group(used)
+            self._begin_to_serve()
+            self.enter_group()
+        self._wait_for_greetings(deadline)
+
+    def _build(self, record: WorkerRecord) -> None:
+        """Make what a worker has, once it knows who it is."""
+        memory, options = self._memory, self.options
+        assert memory is not None
+        generations = generations_of(record.incarnation) if not record.world_size else range(0xFFFFFFFF)
+        table = ReferenceTable(
+            memory.hold, memory.descriptors, memory.capacity, memory.usable, generations.stop, generations.start
+        )
+        super().__init__(
+            record.rank, WorkerInfo(record.name, record.rank), [], Inbox(memory.bell),
+            ResponseSlots(memory.slots, SLOTS), Arena(memory.arena, memory.commit_arena, table.holder), table,
+            IdGenerator(record.rank, record.incarnation << IDS_BITS), options.rpc_timeout,
+            thread_cap=options.num_worker_threads, incarnation=record.incarnation,
+        )  # fmt: skip
 
     def _describe(self, name: str) -> WorkerRecord:
         """Return what this worker tells others about itself; rank and world size are not known yet."""
@@ -187,7 +253,7 @@ class Runtime(RuleKeeper):
         rings: dict[int, int] = {}
 
         def segments_for(peer: WorkerRecord) -> dict[str, tuple[int, int]]:
-            rings[peer.rank], ring = memory.create_ring()
+            rings[peer.rank], ring = memory.create_ring(peer.rank)
             self.inbox.add_ring(peer.rank, ring, RING_SIZE)
             return memory.for_peer(rings[peer.rank])
 
@@ -197,21 +263,30 @@ class Runtime(RuleKeeper):
             for fd in rings.values():
                 os.close(fd)
         failpoint("rendezvous.linked")
+        self._begin_to_serve()
+        self._wait_for_greetings(deadline)
+
+    def _begin_to_serve(self) -> None:
+        """Meet all who are linked, serve them, and greet them."""
+        memory, record = self._memory, self.record
+        assert memory is not None and self._listener is not None
         myself = Peer(
             self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
             PeerSlots(memory.slots, SLOTS), self.table.holder,
             PeerArena(memory.arena, memory.arena_private, self.table.holder), self.bits,
+            record.incarnation, range(self.table.first_generation, self.table.generation_limit),
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
-        for rank, link in self._links.items():
-            self.meet(self._peer(rank, link))
+        for link in self._links.values():
+            self.meet(self.peer_over(link))
         self._monitor = Monitor(
             self._listener,
             on_death=self.on_death,
             on_tick=self.on_tick,
             on_message=self._on_message,
-            on_link=self._on_link,
+            on_link=self.on_link,
+            on_ask=self.on_ask,
             due=lambda: self.next_expiry_ns / 1e9,
         )
         for rank, link in self._links.items():
@@ -224,28 +299,34 @@ class Runtime(RuleKeeper):
         for rank in self._links:
             self.tell(self.peers[rank], Kind.GREETING, self.main_digest)
         failpoint("rendezvous.greeting")
+
+    def _wait_for_greetings(self, deadline: float) -> None:
+        """Wait until all whom this worker has linked serve, and know it."""
+        awaited = [peer for peer in self.known_peers() if peer.rank != self.rank]
         with self._greeted:
-            while not self._greeted.wait_for(self._all_greeted, timeout=0.1):
+            while not self._greeted.wait_for(lambda: self._all_greeted(awaited), timeout=0.1):
                 if time.monotonic() > deadline:
-                    missing = [peer.name for peer in self.peers if not peer.greeted and peer.rank != self.rank]
+                    missing = [peer.name for peer in awaited if not peer.greeted]
                     raise RendezvousError(f"workers {missing} have linked to {self.info} but do not serve")
 
-    def _all_greeted(self) -> bool:
+    def _all_greeted(self, awaited: list[Peer]) -> bool:
         if self._failure is not None:
             raise RendezvousError(self._failure)
-        for peer in self.peers:
-            if peer.rank != self.rank and not peer.greeted and peer.is_dead:
+        for peer in awaited:
+            if not peer.greeted and peer.is_dead and self.is_static:
                 raise peer.died_error()
-        return all(peer.greeted or peer.rank == self.rank for peer in self.peers)
+        return all(peer.greeted or peer.is_dead for peer in awaited)
 
-    def _peer(self, rank: int, link: Link) -> Peer:
+    def peer_over(self, link: Link) -> Peer:
+        """Return the worker at the other end of a link, what it handed over mapped."""
         record, theirs = link.record, PeerMemory(link)
         bit = self.rank if self.rank < theirs.bits else None
         holder = Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit)
+        generations = range(0xFFFFFFFF) if record.world_size else generations_of(record.incarnation)
         return Peer(
-            rank, WorkerInfo(record.name, rank), record.pid, ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank),
-            PeerSlots(theirs.slots, theirs.slot_count), holder, PeerArena(theirs.arena, theirs.arena_private, holder),
-            theirs.bits,
+            record.rank, WorkerInfo(record.name, record.rank), record.pid,
+            ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank), PeerSlots(theirs.slots, theirs.slot_count),
+            holder, PeerArena(theirs.arena, theirs.arena_private, holder), theirs.bits, record.incarnation, generations,
         )  # fmt: skip
 
     # ---- what the room below asks for
@@ -261,7 +342,8 @@ class Runtime(RuleKeeper):
         self.table.extend(self._memory.extend_table())
 
     def cut(self, rank: int, reason: str) -> None:
-        link = self._links.pop(rank, None)
+        with self._closing:
+            link = self._links.pop(rank, None)
         if self._monitor is not None and link is not None:
             self._monitor.forget(rank)
             self.peers[rank].arena.detach()  # the peer, if it lives, will use again what we lease
@@ -278,9 +360,12 @@ class Runtime(RuleKeeper):
                 self._failure = read_text(body, "sentence")
                 self._greeted.notify_all()
 
-    def _on_link(self, link: Link) -> None:
-        logger.warning("worker %s wants to link after all had linked; refused", link.record)
-        link.close()
+    def on_link(self, link: Link) -> None:
+        if self.is_static:
+            logger.warning("worker %s wants to link after all had linked; refused", link.record)
+            link.close()
+        else:
+            super().on_link(link)
 
     # ---- the end
 
@@ -297,12 +382,13 @@ class Runtime(RuleKeeper):
         ----------
         graceful : bool
             Wait until all workers have called it and no call is under way anywhere. Dead workers are not waited for.
+            In a group of open size: wait until what this worker has begun, and what others have asked of it, is done.
         timeout_s : float
             Seconds for all of it; 0: as long as it takes.
         wait : callable
             Called with ``timeout_s`` instead of ``wait_for_all``, when graceful.
         settle : callable
-            Called in between, when graceful.
+            Called in between, when graceful. Neither is called in a group of open size.
 
         Raises
         ------
@@ -313,7 +399,9 @@ class Runtime(RuleKeeper):
         if not self._ended.acquire(blocking=False):
             return
         try:
-            if graceful:
+            if graceful and not self.is_static:
+                self.leave_group(time.monotonic() + timeout_s if timeout_s else math.inf)
+            elif graceful:
                 (wait or self.wait_for_all)(timeout_s)
                 settle()
         finally:
@@ -322,12 +410,17 @@ class Runtime(RuleKeeper):
     def wait_for_all(self, timeout_s: float = 0.0) -> None:
         """Wait until all workers have called this and no call is under way anywhere; dead workers are not waited for.
 
+        In a group of open size: until no call of this worker is without an answer.
+
         Raises
         ------
         CallTimeout
             When others have not called it after ``timeout_s`` seconds, unless that is 0.
         """
         deadline = time.monotonic() + timeout_s if timeout_s else math.inf
+        if not self.is_static:
+            self.wait_for_own_calls(deadline)
+            return
         while True:
             self._wait_until_idle(deadline)
             with self._round_heard:
@@ -347,7 +440,7 @@ class Runtime(RuleKeeper):
         """Let go of every value that lives elsewhere; handles on them can only be dropped from here on."""
         self.users_deleted = True
         self.on_their_way.clear()
-        for peer in self.peers:
+        for peer in self.known_peers():
             if peer.rank != self.rank:
                 peer.arena.detach()  # leases are holds like others; what the program still reads must not change
                 peer.holder.let_all_go()
@@ -385,7 +478,7 @@ class Runtime(RuleKeeper):
             fork; ``num_pending_futures``: bookkeeping frames that wait for room in a ring.
         """
         held = self.references_of_others()
-        elsewhere = [peer for peer in self.peers if peer.rank != self.rank]
+        elsewhere = [peer for peer in self.known_peers() if peer.rank != self.rank]
         with self._rules:
             abroad, waiting = self._owner_forks.holders(), self._user_forks.waiting()
         forks = sum(rank >= 0 for ranks in held.values() for rank in ranks)
@@ -414,17 +507,15 @@ class Runtime(RuleKeeper):
 
     def _loosen_leases(self) -> None:
         """The peers are about to take us out of their tables; what the program still reads must not change then."""
-        for peer in self.peers:
+        for peer in self.known_peers():
             peer.arena.detach()
 
     def _leave(self) -> None:
         _alive.discard(self)
         self._loosen_leases()
-        for link in self._links.values():
-            try:
-                link.send_message("leaving", {})
-            except PeerError:
-                pass  # it has left, or died, before us
+        if not self.is_static:
+            self.end_group()
+        self._say_goodbye()
         failpoint("shutdown.leaving")
         self.close()
         self.stop_threads()
@@ -436,10 +527,19 @@ class Runtime(RuleKeeper):
         if me.name == "fastref-monitor":
             logger.debug("shut down from a callback")
 
+    def _say_goodbye(self) -> None:
+        with self._closing:
+            for link in self._links.values():
+                try:
+                    link.send_message("leaving", {})
+                except PeerError:
+                    pass  # it has left, or died, before us
+
     def _release(self) -> None:
         """Give back everything that others could see. What this process has mapped stays while handles use it."""
         if self._monitor is not None:
             self._monitor.stop()
+        self.send_visitors_away()
         for link in self._links.values():
             link.close()
         if self._membership is not None:
@@ -476,7 +576,7 @@ class Runtime(RuleKeeper):
             "abroad": {"forks": self._owner_forks.total(), "waiting": self._user_forks.waiting()},
             "arena": self.arena.snapshot(),
             "rings": self.inbox.snapshot(),
-            "peers": {peer.name: peer.snapshot() for peer in self.peers if peer is not None},
+            "peers": {peer.name: peer.snapshot() for peer in self.known_peers()},
             "dead": {rank: sorted(waiting) for rank, waiting in self._removal.open_cases().items()},
         }  # fmt: skip
 

@@ -232,6 +232,13 @@ cdef class Server(Executor):
         self.errands.append(errand)
         self.wake_leader()
 
+    def do_at_rest(self, kind: int, what) -> None:
+        """Have ``handle_control`` called with a kind that is no frame's, by the thread that reads the rings, between two
+        records.
+        """
+        self.controls.append((self.peers[self.rank], 0, kind, b"", [what]))
+        self.wake_leader()
+
     def wake_leader(self) -> None:
         """Have the leader look round: at errands, the table, the dead."""
         fr_store32_relaxed(&self.serving.errands, 1)
@@ -392,7 +399,8 @@ cdef class Server(Executor):
             at = following
             owner = self.peers[fork.owner] if fork.owner < len(self.peers) else None
             owned = None
-            if owner is None or not fork.has_entry or fork.index >= owner.holder.h.at.capacity:
+            if owner is None or not fork.has_entry or fork.index >= owner.holder.h.at.capacity \
+                    or fork.generation - owner.first_generation >= owner.generations:  # of another who had its rank
                 lost += 1
                 references.append(None)
                 continue

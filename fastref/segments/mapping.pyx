@@ -12,7 +12,7 @@ import os
 cdef extern from "sys/mman.h" nogil:
     void* mmap(void*, size_t, int, int, int, long)
     int munmap(void*, size_t)
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_NORESERVE
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_NORESERVE, MAP_FIXED
     void* MAP_FAILED
 
 __all__ = ["Mapping"]
@@ -50,6 +50,18 @@ cdef class Mapping:
             self.start = NULL
             raise OSError(errno, os.strerror(errno))
         self.size_bytes, self.writable = size_bytes, writable
+
+    def replace(self, fd: int) -> None:
+        """Map another file in the same place, shared and of the same size: who looks here sees that one from now on.
+
+        Raises
+        ------
+        OSError
+            As ``mmap(2)`` says; then the first file is still there.
+        """
+        cdef int protection = PROT_READ | (PROT_WRITE if self.writable else 0)
+        if mmap(self.start, self.size_bytes, protection, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, 0) == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
 
     def __dealloc__(self):
         if self.start != NULL:

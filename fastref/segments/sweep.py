@@ -15,7 +15,7 @@ from fastref.segments.rundir import JOB_PREFIX, LOCK_SUFFIX, UNFINISHED_SUFFIX, 
 __all__ = ["sweep"]
 
 # What an instance keeps in a job directory: <instance>.<one of these>.
-_JOB_FILE = re.compile(rf"(?P<instance>{INSTANCE_PATTERN})\.(sock|coordinator|coordinator\.new)")
+_JOB_FILE = re.compile(rf"(?P<instance>{INSTANCE_PATTERN})\.(sock|member|(coordinator|joined)(\.new)?)")
 _SHM_NAME = re.compile(rf"{SHM_PREFIX}(?P<identity>[0-9a-f-]+-{INSTANCE_PATTERN})(-[a-z]+)?")
 
 

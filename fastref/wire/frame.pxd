@@ -21,6 +21,8 @@ cdef enum:
     DRAIN_DONE = 13
     IDLE_REPORT = 14
     GREETING = 15
+    LEAVING = 16
+    FAREWELL = 17
 
     FLAG_PICKLED = 1     # the payload is a pickle with its buffers, not the fast encoding
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block

@@ -23,3 +23,5 @@ class Kind(IntEnum):
     DRAIN_DONE = 13
     IDLE_REPORT = 14  # this worker wants to shut down and is idle
     GREETING = 15  # the first frame on a link: which file is __main__ here
+    LEAVING = 16  # this worker leaves a group that goes on: call it no more
+    FAREWELL = 17  # the answer: none of my calls follows

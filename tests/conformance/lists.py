@@ -37,7 +37,6 @@ NOT_APPLICABLE: dict[str, str] = {
 }
 
 _AUTOGRAD = "distributed autograd"
-_DYNAMIC = "groups that workers join and leave while others work"
 
 # Each is run, and has to fail: what passes is to be taken off this list.
 MISSING: dict[str, str] = {
@@ -50,16 +49,6 @@ MISSING: dict[str, str] = {
             "RpcTest.test_user_rref_backward",
         ),
         _AUTOGRAD,
-    ),
-    **dict.fromkeys(
-        (
-            "TensorPipeAgentRpcTest.test_dynamic_and_static_init_rpc_together",
-            "TensorPipeAgentRpcTest.test_dynamic_rpc_existing_rank_can_communicate_with_new_rank",
-            "TensorPipeAgentRpcTest.test_dynamic_rpc_new_rank_can_communicated_with_existing_rank",
-            "TensorPipeAgentRpcTest.test_dynamic_rpc_init_rpc",
-            "TensorPipeAgentRpcTest.test_dynamic_rpc_init_rpc_without_rank",
-        ),
-        _DYNAMIC,
     ),
 }
 
@@ -86,6 +75,7 @@ QUICK: list[str] = [
     "RpcTest.test_rref_str",
     "RpcTest.test_shutdown_errors",
     "RpcTest.test_wait_all",
+    "TensorPipeAgentRpcTest.test_dynamic_rpc_existing_rank_can_communicate_with_new_rank",
     "TensorPipeAgentRpcTest.test_infer_backend_from_options",
     "TensorPipeAgentRpcTest.test_op_with_invalid_args",
 ]
