@@ -56,6 +56,9 @@ def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | N
              rpc_backend_options: RpcBackendOptions | None = None) -> Session:
     """Join a job and start serving. Returns when all workers have joined and serve.
 
+    Without a world size it is a group that workers join and leave while others work: the first may be alone, and each
+    call returns when all who are there know the newcomer.
+
     Parameters
     ----------
     name : str
@@ -63,9 +66,10 @@ def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | N
     backend : None
         There is one backend.
     rank : int
-        0 <= rank < world_size; -1: as the init method says (``RANK``).
+        0 <= rank < world_size; -1: as the init method says (``RANK``). In a group without a world size any number below
+        256 that no living member has.
     world_size : int, optional
-        How many workers the job has; None: as the init method says (``WORLD_SIZE``).
+        How many workers the job has; None: as the init method says (``WORLD_SIZE``), else a group without a size.
     rpc_backend_options : RpcBackendOptions, optional
         Timeouts, the init method and sizes.
 
@@ -79,7 +83,8 @@ def init_rpc(name: str, backend: Any = None, rank: int = -1, world_size: int | N
     UsageError
         RPC is already initialized, or an argument is none that could work.
     RendezvousError
-        The workers could not agree, or not all came in time.
+        The workers could not agree, or not all came in time; in a group without a size, a member has the name or the
+        rank, or does not answer.
 
     Source
     ------
@@ -121,7 +126,8 @@ def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:
     Parameters
     ----------
     graceful : bool
-        Wait until all workers have called it and no call is under way.
+        Wait until all workers have called it and no call is under way. In a group without a world size nobody else need
+        call it: wait until the calls of this worker are answered, and those of others to it, which then make no more.
     timeout : float
         Seconds for all of it; 0: as long as it takes.
 
@@ -133,7 +139,7 @@ def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:
     Source
     ------
     ``torch.distributed.rpc.shutdown``. Different on purpose: ``timeout`` covers all of it, dead workers are not waited
-    for, and a second call does nothing.
+    for, and a second call does nothing; in a group without a world size any rank may leave, 0 too.
     """
     leave(graceful, timeout)
 

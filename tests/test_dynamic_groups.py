@@ -327,10 +327,15 @@ def look_for(name: str, rank: int) -> list[str]:
     return errors
 
 
-def test_who_has_left_is_named_to_who_looks_for_it(troupe: Troupe) -> None:
+@pytest.mark.parametrize(("end", "said"), [("leaves", "has left"), ("is killed", "died")])
+def test_who_has_gone_is_named_to_who_looks_for_it(troupe: Troupe, end: str, said: str) -> None:
     zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
-    leave(one)
-    assert all("'w1' (rank 1" in error and "has left" in error for error in zero.do(look_for, "w1", 1))
+    if end == "leaves":
+        leave(one)
+    else:
+        one.kill()
+    zero.do(wait_until_members, {"w0"})
+    assert all("'w1' (rank 1" in error and said in error for error in zero.do(look_for, "w1", 1))
     leave(zero)
 
 
@@ -509,11 +514,11 @@ def test_nobody_waits_for_a_member_that_dies_while_another_leaves(troupe: Troupe
     leave(two)
 
 
-def churn(job: str, name: str, rank: int, turns: int, seed: int) -> int:
+def churn(job: str, name: str, rank: int, turns: int, bits: int) -> int:
     """Join, use everybody who is there, and leave, again and again."""
     done = 0
     for turn in range(turns):
-        puppets.join_job(name, rank, None, job, {})
+        puppets.join_job(name, rank, None, job, {"table_bits": bits})
         for other in list(members()):
             try:
                 cell = rpc.remote(other, puppets.Cell, (turn,))
@@ -524,20 +529,84 @@ def churn(job: str, name: str, rank: int, turns: int, seed: int) -> int:
             except FastrefError as error:
                 # All of them may leave at any moment.
                 assert isinstance(error, (WorkerDied, ReferenceLost, UsageError)) or "has left" in str(error), error
-        rpc.shutdown(graceful=(turn + seed) % 4 != 0, timeout=PATIENCE_S)
+        rpc.shutdown(graceful=(turn + rank) % 4 != 0, timeout=PATIENCE_S)
     return done
 
 
-def test_a_group_in_which_everybody_comes_and_goes(troupe: Troupe) -> None:
-    zero = enter(troupe, "w0", 0)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_group_in_which_everybody_comes_and_goes(troupe: Troupe, bits: int) -> None:
+    zero = enter(troupe, "w0", 0, table_bits=bits)
     crew = [troupe.hire(f"w{rank}") for rank in range(1, 5)]
     for rank, worker in enumerate(crew, 1):
-        worker.order(churn, troupe.job, worker.name, rank, 12, rank)
+        worker.order(churn, troupe.job, worker.name, rank, 12, bits)
     assert sum(worker.outcome() for worker in crew) > 0
     zero.do(wait_until_members, {"w0"})
     zero.do(puppets.wait_until_removed)
     zero.do(puppets.wait_until_entries, 0)
     leave(zero)
+
+
+def test_who_joins_waits_for_a_stopped_member_and_then_gets_in(troupe: Troupe) -> None:
+    zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
+    one.stop()
+    late = [troupe.hire(f"late{i}") for i in range(2)]
+    for rank, worker in enumerate(late, 2):
+        join(troupe, worker, rank)
+    time.sleep(0.3)
+    assert zero.do(members) == {"w0": 0, "w1": 1}
+    one.go_on()
+    for worker in late:
+        worker.outcome()
+    check_group(zero, one, *late)
+    for worker in (zero, one, *late):
+        leave(worker)
+
+
+def test_who_joins_says_which_member_does_not_answer(troupe: Troupe) -> None:
+    zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
+    one.stop()
+    late = troupe.hire("late")
+    join(troupe, late, 2, rpc_timeout=0.5)
+    with pytest.raises(RendezvousError, match="'w1'.* does not answer"):
+        late.outcome()
+    one.go_on()
+    check_group(zero, one)
+    join(troupe, late, 2)
+    late.outcome()
+    check_group(zero, one, late)
+    for worker in (zero, one, late):
+        leave(worker)
+
+
+@pytest.mark.parametrize("point", WAY_IN)
+def test_a_worker_stopped_on_its_way_in_delays_the_next_and_no_more(troupe: Troupe, point: str) -> None:
+    zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
+    slow, next_one = troupe.hire("slow"), troupe.hire("next")
+    slow.do(arm_failpoints, f"{point}=stop:0.3")
+    join(troupe, slow, 2)
+    join(troupe, next_one, 3)
+    assert zero.do(hammer, "w1", 0.5)
+    slow.outcome()
+    next_one.outcome()
+    check_group(zero, one, slow, next_one)
+    for worker in (zero, one, slow, next_one):
+        leave(worker)
+
+
+def stay_in_turns(job: str, rank: int, world_size: int) -> None:
+    """Be in a job of fixed size, in a group, and in a job again, all of one name."""
+    for size in (world_size, None, world_size):
+        puppets.join_job(f"w{rank}", rank, size, job, {})
+        if size is None:
+            wait_until_members({f"w{other}" for other in range(world_size)})
+        for other in range(world_size):
+            assert rpc.rpc_sync(f"w{other}", puppets.echo, (other,)) == other
+        rpc.shutdown(timeout=PATIENCE_S)
+
+
+def test_a_job_may_follow_a_group_and_a_group_a_job(troupe: Troupe) -> None:
+    one = troupe.hire("w0")
+    one.do(stay_in_turns, troupe.job, 0, 1)
 
 
 def keep_and_leave() -> None:

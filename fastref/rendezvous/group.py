@@ -52,6 +52,7 @@ JOINED_SUFFIX = "joined"
 
 MIXED = "RPC group mixes statically and dynamically initialized members which is not supported. "
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.01
+_END_GRACE_S = 1.0
 _KEY = "fastref_group"
 
 
@@ -109,12 +110,20 @@ def check_no_group(listener: Listener) -> None:
 
 
 def _check_nobody(listener: Listener, suffix: str) -> None:
-    for path in listener.directory.glob(f"*.{suffix}"):
-        try:
-            connect(str(path)).close()
-        except ConnectionError:
-            continue  # it has ended
-        raise RendezvousError(MIXED)
+    # Whoever is there may belong to what this process has just left, and be about to end.
+    deadline = time.monotonic() + _END_GRACE_S
+    while any(_is_there(path) for path in listener.directory.glob(f"*.{suffix}")):
+        if time.monotonic() > deadline:
+            raise RendezvousError(MIXED)
+        time.sleep(_LONGEST_PAUSE_S)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        connect(str(path)).close()
+    except ConnectionError:
+        return False
+    return True
 
 
 def register(listener: Listener, record: WorkerRecord) -> None:

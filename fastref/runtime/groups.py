@@ -282,7 +282,8 @@ class GroupKeeper(RuleKeeper):
 
     def end_group(self) -> None:
         """Let everything go that this worker holds of others, for good: its rank may be another's in a moment."""
-        assert self._listener is not None
+        if self._group is None or self._listener is None:
+            return  # it has not come that far
         unregister(self._listener)
         self._departing = True
         self.delete_user_references()

@@ -133,7 +133,7 @@ cdef class Post(Wiring):
             raise ValueError(f"Cannot get WorkerInfo from name {to}")
         if found is None:
             for peer in self.known_peers():
-                if peer.left and to in (peer.rank, peer.info.name, peer.info):
+                if (peer.left or peer.is_dead) and to in (peer.rank, peer.info.name, peer.info):
                     raise peer.died_error()
             what = f"id {to}" if isinstance(to, int) else f"name {to.name if isinstance(to, WorkerInfo) else to}"
             raise UsageError(f"name:{self.info.name},rank:{self.rank} could not find destination {what}")

@@ -121,7 +121,11 @@ class Runtime(GroupKeeper):
             self._start(name, rank, world_size, store, count)
         except BaseException as error:
             try:
+                if self._monitor is not None:  # it serves already
+                    self.close()
+                    self.stop_threads()
                 if self._is_open:
+                    self.end_group()
                     self._say_goodbye()
                 elif isinstance(error, Exception):
                     self._tell_others(error, name, rank, world_size, store, count)
@@ -168,8 +172,8 @@ class Runtime(GroupKeeper):
         failpoint("rendezvous.listening")
         self._memory = memory = OwnMemory(self._lock, options)
         record = dataclasses.replace(self._describe(name), rank=rank, world_size=0)
+        check_no_job(self._listener)
         with take_turn(self._listener, deadline):
-            check_no_job(self._listener)
             members, used = ask_members(record, self._listener, deadline)
             self.record = record = dataclasses.replace(record, incarnation=used.get(rank, 0))
             self._build(record)
@@ -576,7 +580,8 @@ class Runtime(GroupKeeper):
             "abroad": {"forks": self._owner_forks.total(), "waiting": self._user_forks.waiting()},
             "arena": self.arena.snapshot(),
             "rings": self.inbox.snapshot(),
-            "peers": {peer.name: peer.snapshot() for peer in self.known_peers()},
+            # Somebody's name may have been that of one who has gone: of the two the living one is shown.
+            "peers": {p.name: p.snapshot() for p in sorted(self.known_peers(), key=lambda p: not p.is_dead)},
             "dead": {rank: sorted(waiting) for rank, waiting in self._removal.open_cases().items()},
         }  # fmt: skip
 
