@@ -578,6 +578,28 @@ def test_who_joins_says_which_member_does_not_answer(troupe: Troupe) -> None:
         leave(worker)
 
 
+def serving_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastref")]
+
+
+def test_who_gives_up_before_all_have_greeted_it_leaves_nothing_behind(troupe: Troupe) -> None:
+    zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
+    one.do(arm_failpoints, "group.admitted=stop:2")
+    late = troupe.hire("late")
+    join(troupe, late, 2, rpc_timeout=0.7)
+    with pytest.raises(RendezvousError, match=r"\['w1'\] have linked .* but do not serve"):
+        late.outcome()
+    deadline = time.monotonic() + PATIENCE_S
+    while threads := late.do(serving_threads):
+        assert time.monotonic() < deadline, threads
+        time.sleep(0.01)
+    join(troupe, late, 2)
+    late.outcome()
+    check_group(zero, one, late)
+    for worker in (zero, one, late):
+        leave(worker)
+
+
 @pytest.mark.parametrize("point", WAY_IN)
 def test_a_worker_stopped_on_its_way_in_delays_the_next_and_no_more(troupe: Troupe, point: str) -> None:
     zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)

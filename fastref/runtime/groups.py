@@ -27,10 +27,10 @@ from fastref.rendezvous import (
     register,
     unregister,
 )
+from fastref.runtime.holdings import Holdings
 from fastref.runtime.memory import OwnMemory
 from fastref.runtime.monitor import Monitor
 from fastref.runtime.peer import Peer
-from fastref.runtime.rules import RuleKeeper
 from fastref.wire.kinds import Kind
 
 __all__ = ["GroupKeeper"]
@@ -40,7 +40,7 @@ logger = logging.getLogger("fastref")
 ARRIVAL = 0xFFFE  # no frame: what the reading thread is asked to do for a newcomer that asks for its link
 
 
-class GroupKeeper(RuleKeeper):
+class GroupKeeper(Holdings):
     """A runtime's part in a group without a fixed size. In a job of fixed size nothing here happens."""
 
     record: WorkerRecord
@@ -298,9 +298,6 @@ class GroupKeeper(RuleKeeper):
         for visitor in [*self._visitors.values(), *(visitor for visitor, _ in self._early), *self._arriving]:
             refuse(visitor, CLOSED)
         self._visitors, self._early, self._arriving = {}, [], set()
-
-    def delete_user_references(self) -> None:
-        raise NotImplementedError
 
     def enter_group(self) -> None:
         """Let newcomers know of this worker."""
