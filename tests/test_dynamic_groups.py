@@ -13,7 +13,7 @@ import torch
 
 import fastref.rpc as rpc
 from fastref._core import arm_failpoints
-from fastref.errors import FastrefError, OwnerDied, ReferenceLost, RendezvousError, UsageError, WorkerDied
+from fastref.errors import CallTimeout, FastrefError, OwnerDied, ReferenceLost, RendezvousError, UsageError, WorkerDied
 from fastref.rref import current_wiring
 from tests import puppets
 from tests.puppets import PATIENCE_S, Ended, Puppet, Troupe, troupe_fixture  # noqa: F401
@@ -255,7 +255,7 @@ def use_reference(reference: rpc.RRef) -> Any:
 
 def hand_to(name: str, label: str) -> None:
     """A reference to a value of somebody who has gone is not taken for one of its successor's."""
-    with pytest.raises((ReferenceLost, OwnerDied)):
+    with pytest.raises(OwnerDied):
         rpc.rpc_sync(name, use_reference, (puppets.kept(label),))
 
 
@@ -380,8 +380,8 @@ def test_a_worker_with_a_world_size_gets_into_no_group(troupe: Troupe) -> None:
     leave(zero)
 
 
-def init_without_rank(init_method: str) -> None:
-    rpc.init_rpc("w0", rpc_backend_options=rpc.RpcBackendOptions(init_method=init_method))
+def init_over(init_method: str, rank: int = -1) -> None:
+    rpc.init_rpc("w0", rank=rank, rpc_backend_options=rpc.RpcBackendOptions(init_method=init_method))
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,37 @@ def init_without_rank(init_method: str) -> None:
 )
 def test_a_member_needs_a_rank(troupe: Troupe, init_method: str, error: type[Exception], text: str) -> None:
     one = troupe.hire("w0")
-    one.order(init_without_rank, init_method)
+    one.order(init_over, init_method)
     with pytest.raises(error, match=text):
         one.outcome()
+
+
+@pytest.mark.parametrize(
+    ("init_method", "error", "text"),
+    [
+        ("env://", ValueError, "environment variable"),
+        ("tcp://192.0.2.1:2345", UsageError, "'192.0.2.1' .* is not this host"),
+        ("tcp://nowhere.invalid:2345", UsageError, "is not this host"),
+    ],
+)
+def test_a_group_is_on_one_host(troupe: Troupe, init_method: str, error: type[Exception], text: str) -> None:
+    one = troupe.hire("w0")
+    one.order(init_over, init_method, 0)
+    with pytest.raises(error, match=text):
+        one.outcome()
+
+
+def test_a_group_over_torchs_methods_needs_no_store(troupe: Troupe, tmp_path: Any) -> None:
+    for init_method in ("tcp://127.0.0.1:9", "tcp://localhost:9", f"file://{tmp_path}/rendezvous"):
+        zero, one = troupe.hire("zero"), troupe.hire("w0")
+        zero.do(init_over, init_method, 7)  # its name is w0 as well
+        one.order(init_over, init_method, 1)
+        with pytest.raises(RendezvousError, match="not unique"):
+            one.outcome()
+        leave(zero)
+        one.do(init_over, init_method, 1)
+        assert one.do(members) == {"w0": 1}
+        leave(one)
 
 
 def test_ranks_end_where_rings_do(troupe: Troupe) -> None:
@@ -512,6 +540,20 @@ def test_nobody_waits_for_a_member_that_dies_while_another_leaves(troupe: Troupe
     zero.outcome()
     two.do(wait_until_members, {"w2"})
     leave(two)
+
+
+def test_who_leaves_waits_for_a_stopped_member_as_long_as_it_wants(troupe: Troupe) -> None:
+    zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
+    one.stop()
+    zero.order(rpc.shutdown, True, 0.5)
+    with pytest.raises(CallTimeout, match=r"\['w1'\] have not taken note"):
+        zero.outcome()
+    one.go_on()
+    one.do(wait_until_members, {"w1"})
+    again = enter(troupe, "w0", 0)
+    check_group(one, again)
+    for worker in (one, again):
+        leave(worker)
 
 
 def churn(job: str, name: str, rank: int, turns: int, bits: int) -> int:

@@ -22,7 +22,7 @@ def test_a_missing_rank_is_a_usage_error_that_says_what_to_do(method: str, rank:
 
 @pytest.mark.parametrize("size", [None, 0])
 def test_a_world_without_a_size_is_refused(size: int | None) -> None:
-    with pytest.raises(UsageError, match="not available yet"):
+    with pytest.raises(UsageError, match="world_size is missing"):
         resolve_rank("local://x", 0, size)
 
 

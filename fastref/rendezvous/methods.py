@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlparse, urlunparse
@@ -103,7 +105,7 @@ def resolve_rank(init_method: str, rank: int = -1, world_size: int | None = None
         raise UsageError(f"{init_method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK; got {rank}")
     if world_size == 0:
         raise UsageError(
-            "world_size is missing: it is 0; pass 1 or more, or None for a group that workers join and leave"
+            "world_size is missing: pass 1 or more, or, for a group that workers join and leave, None to init_rpc"
         )
     if world_size < 0:
         raise UsageError(f"world_size must be 1 or more, it is {world_size}")
@@ -121,18 +123,44 @@ def resolve_member_rank(init_method: str, rank: int = -1) -> int:
     Raises
     ------
     UsageError
-        The rank of a local job is missing, or it is negative.
+        The rank of a local job is missing, or it is negative; the method names another host.
     ValueError
-        Torch's own, where a c10d method has no rank.
+        Torch's own, where a c10d method lacks its rank, host or port.
     """
     check_numbers(rank, None)
     if rank == -1:
         rank = _integer("rank", _settings(init_method).get("rank") or "-1")
-    if rank == -1 and scheme_of(init_method) != LOCAL:
-        open_store(init_method, -1, -1, _STORE_SAYS_NO_S)
+    scheme = scheme_of(init_method)
+    host = _host_of(init_method)
+    if (rank == -1 and scheme != LOCAL) or host == "":
+        open_store(init_method, rank, -1, _STORE_SAYS_NO_S)
     if rank < 0:
         raise UsageError(f"{init_method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK; got {rank}")
+    if host is not None and not _is_this_host(host):
+        raise UsageError(f"{host!r} of {init_method} is not this host: workers of a group are on one host")
     return rank
+
+
+def _host_of(init_method: str) -> str | None:
+    """Return where the store of an init method would listen, "" when that is missing, None when it has no such place."""
+    scheme = scheme_of(init_method)
+    if scheme == "env":
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        return host if port else ""
+    return urlparse(init_method).hostname or "" if scheme == "tcp" else None
+
+
+def _is_this_host(host: str) -> bool:
+    """Return whether a name or an address is one of this host's: only then a socket can have it."""
+    try:
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in addresses:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
+    return False
 
 
 def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -> Store:

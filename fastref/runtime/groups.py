@@ -170,6 +170,11 @@ class GroupKeeper(Holdings):
         # No exception: raised, it would refer to handles that keep the holder.
         old.holder.epitaph = (old.name, rank, old.pid, old.death or "", old.left)
         old.free(self.arena)
+        for peer in self.known_peers():
+            # A receiver that had replaced it before we did has not taken the reference, and does not say so.
+            for fork, child in list(peer.children.items()):
+                if child[0] is old.holder and peer.children.pop(fork, None) is not None:
+                    self.unhold(*child)
         self.dismiss(old)
         self.slots.collect_abandoned()
         with self._rules:

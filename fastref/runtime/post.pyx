@@ -367,6 +367,8 @@ cdef class Post(Wiring):
                 raise UsageError(f"{rref!r} belongs to another runtime, or to one that was shut down")
             if rref.holder is None:
                 self.share(rref)
+            elif rref.holder.epitaph is not None:
+                raise OwnerDied(*rref.holder.epitaph)
             if rref.holder.take(rref.fork.index, rref.fork.generation) == FR_LOST:
                 raise ProtocolError(f"{rref!r} is not held")
             fork = rref.fork
