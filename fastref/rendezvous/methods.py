@@ -142,7 +142,7 @@ def resolve_member_rank(init_method: str, rank: int = -1) -> int:
 
 
 def _host_of(init_method: str) -> str | None:
-    """Return where the store of an init method would listen, "" when that is missing, None when it has no such place."""
+    """Return where the store of an init method listens; "": that is missing; None: it has no such place."""
     scheme = scheme_of(init_method)
     if scheme == "env":
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
