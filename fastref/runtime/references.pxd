@@ -18,6 +18,7 @@ cdef class ReferenceCaller(Caller):
     cdef public object profiler         # makes the calls of threads that torch profiles; None: they are not seen
 
     cdef object _rpc(self, int how, Peer peer, object func, tuple row, dict kwargs, double timeout)
+    cdef object _invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)
     cdef object _fetch(self, RRef rref, double timeout_s)
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef RRef own_pending(self, fr_fork* fork)

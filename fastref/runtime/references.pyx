@@ -316,7 +316,7 @@ cdef class ReferenceCaller(Caller):
     cdef object _ask(self, RRef rref, str question, double timeout_s):
         """A future of what the owner of a value says about it; as with a method, no thread waits for the value."""
         if rref.creation is None and (rref.owned is None or rref.owned.settled == VALUE_PENDING):
-            return self.invoke(rref, question, (), None, timeout_s, HOW_ASYNC)
+            return self._invoke(rref, question, (), None, timeout_s, HOW_ASYNC)
         future = Future()
         if rref.creation is not None:
             future.set_exception(rref.creation)
@@ -333,6 +333,14 @@ cdef class ReferenceCaller(Caller):
         return rref.creation is None and fr_load32_acquire(&d.state) != FR_VALUE_PENDING
 
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
+        if rref.creation is None:
+            if self.detour is not None:
+                return self.detour.invoke(how, rref, method, args, kwargs, timeout_s)
+            if _profiled() and self.profiler is not None:
+                return self.profiler.invoke(how, rref, method, args, kwargs, timeout_s)
+        return self._invoke(rref, method, args, kwargs, timeout_s, how)
+
+    cdef object _invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
         cdef Peer peer
         if rref.creation is not None:
             raise rref.creation
@@ -346,10 +354,6 @@ cdef class ReferenceCaller(Caller):
             return future
         if fr_load32_acquire(&peer.died) and how == HOW_SYNC:
             raise peer.died_error(True)
-        if self.detour is not None:
-            return self.detour.invoke(how, rref, method, args, kwargs, timeout_s)
-        if _profiled() and self.profiler is not None:
-            return self.profiler.invoke(how, rref, method, args, kwargs, timeout_s)
         if how == HOW_SYNC:
             return self.call(peer, None, rref, method, args, kwargs, timeout_s)
         if how == HOW_ASYNC:
