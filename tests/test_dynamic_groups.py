@@ -608,7 +608,7 @@ def test_who_joins_says_which_member_does_not_answer(troupe: Troupe) -> None:
     zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
     one.stop()
     late = troupe.hire("late")
-    join(troupe, late, 2, rpc_timeout=0.5)
+    join(troupe, late, 2, rpc_timeout=2.0)
     with pytest.raises(RendezvousError, match="'w1'.* does not answer"):
         late.outcome()
     one.go_on()
@@ -626,9 +626,9 @@ def serving_threads() -> list[str]:
 
 def test_who_gives_up_before_all_have_greeted_it_leaves_nothing_behind(troupe: Troupe) -> None:
     zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
-    one.do(arm_failpoints, "group.admitted=stop:2")
+    one.do(arm_failpoints, "group.admitted=stop:5")
     late = troupe.hire("late")
-    join(troupe, late, 2, rpc_timeout=0.7)
+    join(troupe, late, 2, rpc_timeout=2.0)
     with pytest.raises(RendezvousError, match=r"\['w1'\] have linked .* but do not serve"):
         late.outcome()
     deadline = time.monotonic() + PATIENCE_S

@@ -45,7 +45,7 @@ class GroupKeeper(Holdings):
 
     record: WorkerRecord
     _links: dict[int, Link]
-    _closing: threading.Lock  # guards the links against being closed while they are used
+    _closing: threading.Lock  # guards links and visitors against being closed while they are used
     _listener: Listener | None
     _memory: OwnMemory | None
     _monitor: Monitor | None
@@ -92,7 +92,8 @@ class GroupKeeper(Holdings):
                 self._early.append((visitor, record))  # its end will be reported in a moment
                 return
         self._visits += 1
-        self._visitors[self._visits] = visitor
+        with self._closing:
+            self._visitors[self._visits] = visitor
         self._answer(membership.Asks(self._visits, record.name, record.rank))
 
     def _has_ended(self, rank: int) -> bool:
@@ -104,14 +105,15 @@ class GroupKeeper(Holdings):
         assert self._group is not None
         with self._rules:
             commands = self._group.handle(event)
-        for command in commands:
-            visitor = self._visitors.pop(command.visitor, None)
-            if visitor is None:
-                continue  # it has given up
-            if isinstance(command, membership.Admit):
-                answer_ask(visitor, command.used)
-            else:
-                refuse(visitor, command.sentence)
+        with self._closing:
+            for command in commands:
+                visitor = self._visitors.pop(command.visitor, None)
+                if visitor is None:
+                    continue  # it has given up
+                if isinstance(command, membership.Admit):
+                    answer_ask(visitor, command.used)
+                else:
+                    refuse(visitor, command.sentence)
 
     def on_link(self, link: Link) -> None:
         """A newcomer that all members have let in asks for its link."""
@@ -300,9 +302,11 @@ class GroupKeeper(Holdings):
         """Nobody is let in any more."""
         if self.is_static:
             return
-        for visitor in [*self._visitors.values(), *(visitor for visitor, _ in self._early), *self._arriving]:
-            refuse(visitor, CLOSED)
-        self._visitors, self._early, self._arriving = {}, [], set()
+        with self._closing:
+            waiting = [*self._visitors.values(), *(visitor for visitor, _ in self._early), *self._arriving]
+            self._visitors, self._early, self._arriving = {}, [], set()
+            for visitor in waiting:
+                refuse(visitor, CLOSED)
 
     def enter_group(self) -> None:
         """Let newcomers know of this worker."""
@@ -312,10 +316,12 @@ class GroupKeeper(Holdings):
 
     def on_tick(self, now_s: float) -> None:
         super().on_tick(now_s)
-        if self._group is not None:
-            for number, visitor in list(self._visitors.items()):
-                if visitor.is_gone():  # it has given up, or died, while it waited
-                    with self._rules:
-                        self._group.withdraw(number)
-                    if self._visitors.pop(number, None) is not None:
-                        visitor.close()
+        if self._group is None or not self._visitors:
+            return
+        with self._closing:  # they have given up, or died, while they waited
+            gone = [number for number, visitor in self._visitors.items() if visitor.is_gone()]
+            for number in gone:
+                self._visitors.pop(number).close()
+        with self._rules:
+            for number in gone:
+                self._group.withdraw(number)
