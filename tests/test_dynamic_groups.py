@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from random import Random
 from typing import Any
 
 import pytest
@@ -655,6 +656,32 @@ def test_a_worker_stopped_on_its_way_in_delays_the_next_and_no_more(troupe: Trou
     check_group(zero, one, slow, next_one)
     for worker in (zero, one, slow, next_one):
         leave(worker)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_group_in_which_many_are_killed_and_others_take_their_ranks(troupe: Troupe, bits: int) -> None:
+    zero = enter(troupe, "w0", 0, table_bits=bits)
+    crew: dict[int, Puppet] = {}
+
+    def send_in(rank: int) -> None:
+        crew[rank] = troupe.hire(f"w{rank}")
+        crew[rank].order(churn, troupe.job, f"w{rank}", rank, 1000, bits)
+
+    for rank in range(1, 4):
+        send_in(rank)
+    random = Random(bits)
+    for _ in range(12):
+        time.sleep(random.random() * 0.3)
+        rank = random.randrange(1, 4)
+        assert not crew[rank].pipe.poll(), crew[rank].outcome()  # it goes on, and has met no error that it must not
+        crew[rank].kill()
+        send_in(rank)
+    for worker in crew.values():
+        worker.kill()
+    zero.do(wait_until_members, {"w0"})
+    zero.do(puppets.wait_until_removed)
+    zero.do(puppets.wait_until_entries, 0)
+    leave(zero)
 
 
 def stay_in_turns(job: str, rank: int, world_size: int) -> None:
