@@ -30,7 +30,7 @@ class Post(Wiring):
         ids: IdGenerator,
         default_timeout_s: float,
     ) -> None: ...
-    # By rank. While the job is forming, None stands for a worker that has not been met.
+    # By rank. None: nobody has been met, as while the job is forming, and between the ranks of a group.
     @property
     def peers(self) -> list[Peer]: ...
     @property

@@ -186,9 +186,9 @@ class Runtime(GroupKeeper):
                     os.close(fd)
             failpoint("rendezvous.linked")
             self.begin_group(used)
-            self._begin_to_serve()
+            linked = self._begin_to_serve()
             self.enter_group()
-        self._wait_for_greetings(deadline)
+        self._wait_for_greetings(linked, deadline)
 
     def _build(self, record: WorkerRecord) -> None:
         """Make what a worker has, once it knows who it is."""
@@ -271,11 +271,10 @@ class Runtime(GroupKeeper):
             for fd in rings.values():
                 os.close(fd)
         failpoint("rendezvous.linked")
-        self._begin_to_serve()
-        self._wait_for_greetings(deadline)
+        self._wait_for_greetings(self._begin_to_serve(), deadline)
 
-    def _begin_to_serve(self) -> None:
-        """Meet all who are linked, serve them, and greet them."""
+    def _begin_to_serve(self) -> list[Peer]:
+        """Meet all who are linked, serve them, and greet them; returns them."""
         memory, record = self._memory, self.record
         assert memory is not None and self._listener is not None
         myself = Peer(
@@ -286,8 +285,9 @@ class Runtime(GroupKeeper):
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
-        for link in self._links.values():
-            self.meet(self.peer_over(link))
+        linked = [self.peer_over(link) for link in self._links.values()]
+        for peer in linked:
+            self.meet(peer)
         self._monitor = Monitor(
             self._listener,
             on_death=self.on_death,
@@ -304,13 +304,13 @@ class Runtime(GroupKeeper):
         self._before_serving(self)  # functions that peers call here may make calls of their own
         self.start_threads()
         self._monitor.start()
-        for rank in self._links:
-            self.tell(self.peers[rank], Kind.GREETING, self.main_digest)
+        for peer in linked:
+            self.tell(peer, Kind.GREETING, self.main_digest)
         failpoint("rendezvous.greeting")
+        return linked
 
-    def _wait_for_greetings(self, deadline: float) -> None:
-        """Wait until all whom this worker has linked serve, and know it."""
-        awaited = [peer for peer in self.known_peers() if peer.rank != self.rank]
+    def _wait_for_greetings(self, awaited: list[Peer], deadline: float) -> None:
+        """Wait until those whom this worker has linked serve, and know it."""
         with self._greeted:
             while not self._greeted.wait_for(lambda: self._all_greeted(awaited), timeout=0.1):
                 if time.monotonic() > deadline:
@@ -495,8 +495,9 @@ class Runtime(GroupKeeper):
         if self._monitor is not None:
             self._monitor.stop()
         self.send_visitors_away()
-        for link in self._links.values():
-            link.close()
+        with self._closing:
+            for link in self._links.values():
+                link.close()
         if self._membership is not None:
             self._membership.close()
         if self._listener is not None:
