@@ -1,15 +1,16 @@
 """How the holders of a dead worker are taken out of this process's table, exactly and without guessing.
 
 What the dead worker published may carry references whose receivers have not set their bits yet. So its own bits stay
-until every live worker has acquired all that it published: this process asks them, and itself.
+until every live worker has acquired all that it published: this process asks them, and itself. Of several dead workers
+one may have handed on what it had of another, and have died before its own request for that arrived. So all who are
+dead are removed at once, when every question about any of them is answered.
 
     event               from                                commands
     Died(dead)          the monitor                         Send(DrainAsk) to all that live; or Clear if nobody does
-    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered;
-                                                            Clear of other dead whom only this one still held up
+    Drained(dead)       this inbox: nothing of it is left   Send(DrainDone) to those who asked; Clear if all answered
     Ask(dead, asker)    a live worker                       Send(DrainDone) at once, or when we have drained it; at once
                                                             too about one that was never met, or was forgotten
-    Done(dead, worker)  a live worker                       Clear, if it was the last
+    Done(dead, worker)  a live worker                       Clear of all dead workers, if it was the last answer
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Removal:
         if isinstance(event, Drained):
             return self._drained(event.dead, case)
         case.awaited.discard(event.worker)
-        return self._maybe_clear(event.dead, case)
+        return self._clear_if_all_answered()
 
     def forget(self, dead: int) -> None:
         """Another has taken the place of a worker that was removed."""
@@ -135,10 +136,9 @@ class Removal:
             return []
         case.known = True
         self.live.discard(dead)
-        # From others who are dead no answer comes, but what they published may rest on what this one held: a
-        # request for a fork that it made. So they are waited for until we have read all that.
-        unread = {other for other, its in self._cases.items() if its.known and not its.drained and other != dead}
-        case.awaited = self.live | unread
+        case.awaited = set(self.live)
+        for other in self._cases.values():
+            other.awaited.discard(dead)  # no answer comes from it; its own case holds the others up instead
         commands: list[Command] = [LookAtInbox(dead)]
         commands += [SendAsk(to, dead) for to in sorted(self.live)]
         return commands
@@ -159,15 +159,12 @@ class Removal:
             return []
         case.drained = True
         askers, case.askers = sorted(case.askers & self.live), set()
-        commands: list[Command] = [SendDone(asker, dead) for asker in askers]
-        for other, waiting in sorted(self._cases.items()):
-            if waiting.known and dead in waiting.awaited:
-                waiting.awaited.discard(dead)
-                commands += self._maybe_clear(other, waiting)
-        return commands + self._maybe_clear(dead, case)
+        return [*(SendDone(asker, dead) for asker in askers), *self._clear_if_all_answered()]
 
-    def _maybe_clear(self, dead: int, case: _Case) -> list[Command]:
-        if case.cleared or not case.drained or case.awaited:
+    def _clear_if_all_answered(self) -> list[Command]:
+        open_cases = {dead: case for dead, case in sorted(self._cases.items()) if case.known and not case.cleared}
+        if any(case.awaited or not case.drained for case in open_cases.values()):
             return []
-        case.cleared = True
-        return [Clear(dead)]
+        for case in open_cases.values():
+            case.cleared = True
+        return [Clear(dead) for dead in open_cases]
