@@ -83,6 +83,7 @@ cdef extern from "fr_atomic.h" nogil:
     uint32_t fr_exchange32(uint32_t*, uint32_t)
     bint fr_cas32(uint32_t*, uint32_t, uint32_t)
     void fr_fence()
+    void fr_fence_acquire()
     void fr_pause()
     int64_t fr_now_ns()
     uint32_t fr_cpu()

@@ -91,7 +91,7 @@ class OwnerDied(WorkerDied):
 
 
 class ReferenceLost(PeerError):
-    """A reference ended before it could be taken: its sender died on the way."""
+    """A reference ended before it could be taken: its sender died on the way, or others took its holder for dead."""
 
 
 class CallTimeout(PeerError):

@@ -44,8 +44,10 @@ FR_INLINE int fr_cas32(uint32_t *p, uint32_t from, uint32_t to)
 /* Thread sanitizer does not understand fences; a dummy read-modify-write orders the same for it. */
 static uint32_t fr_fence_word;
 FR_INLINE void fr_fence(void) { __atomic_fetch_add(&fr_fence_word, 0, __ATOMIC_SEQ_CST); }
+FR_INLINE void fr_fence_acquire(void) { __atomic_fetch_add(&fr_fence_word, 0, __ATOMIC_ACQUIRE); }
 #else
 FR_INLINE void fr_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+FR_INLINE void fr_fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
 #endif
 
 FR_INLINE void fr_pause(void)

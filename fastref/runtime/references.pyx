@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING, FR_VALUE_READY,
-                            failpoints, fr_descriptor, fr_failpoints_here, fr_fork, fr_futex_wait, fr_holder_adopt,
+                            failpoints, fr_descriptor, fr_failpoints_here, fr_fence_acquire, fr_fork, fr_futex_wait, fr_holder_adopt,
                             fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns)
 from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
@@ -18,7 +18,7 @@ import torch
 
 from fastref.codec.failures import decode_failure
 from fastref.codec.script import type_string
-from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, UsageError
+from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, ReferenceLost, UsageError
 from fastref.futures import Future
 from fastref.rref import current_wiring
 
@@ -291,15 +291,24 @@ cdef class ReferenceCaller(Caller):
                           "not exist.", peer.info.name)
 
     cdef object read_published(self, RRef rref, Peer peer):
-        """Decode a published value straight from the owner's memory; our bit keeps it there."""
+        """Decode a published value straight from the owner's memory; our bit or fork keeps it there.
+
+        Unless all others take us for dead, and we have not noticed yet. So the generation is looked at before, and
+        again when all is read.
+        """
         cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
         cdef uint32_t size = fr_load32_relaxed(&d.size)
+        _check_generation(rref, d, peer)
         self.fetched_directly += 1
         if fr_load32_relaxed(&d.form) == FR_FORM_INLINE:
             if size > FR_INLINE_VALUE:
                 raise ProtocolError(f"worker {peer.info.name!r} published {size} bytes in {FR_INLINE_VALUE}")
-            return self.decode_any(d.data, size, 0, _NOTHING, None)
-        return self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING, None)
+            value = self.decode_any(d.data, size, 0, _NOTHING, None)
+        else:
+            value = self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING, None)
+        fr_fence_acquire()  # SYNC: the value before the generation; pairs with the owner's new generation before a new value
+        _check_generation(rref, d, peer)
+        return value
 
     cdef object confirmation(self, RRef rref):
         cdef double timeout_s = 0
@@ -359,6 +368,12 @@ cdef class ReferenceCaller(Caller):
         if how == HOW_ASYNC:
             return self.call_async(peer, None, rref, method, args, kwargs, timeout_s)
         return self.call_remote(peer, None, rref, method, args, kwargs, timeout_s)
+
+
+cdef int _check_generation(RRef rref, fr_descriptor* d, Peer peer) except -1:
+    if fr_load32_acquire(&d.generation) != rref.fork.generation:
+        raise ReferenceLost(f"worker {peer.info.name!r} has let go of the value that {rref!r} names", peer.info.name)
+    return 0
 
 
 def _claim(number: int):
