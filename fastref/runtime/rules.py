@@ -179,10 +179,9 @@ class RuleKeeper(Server):
                     holder.release(index)
                     raise peer.died_error()
                 with self._rules:
-                    commands = self._owner_forks.made((index, generation), fork, peer.rank)
-                self._mark_and_clear(commands)
+                    self._mark_and_clear(self._owner_forks.made((index, generation), fork, peer.rank))
             holder.release(index)
-            return ("made", (index, generation), fork)
+            return ("made", peer, (index, generation), fork)
         with peer.lock:
             if peer.is_dead:
                 holder.release(index)
@@ -193,9 +192,9 @@ class RuleKeeper(Server):
     def unfork_abroad(self, child: tuple) -> None:
         """The frame could not be sent."""
         if child[0] == "made":
+            _, peer, entry, fork = child
             with self._rules:
-                commands = self._owner_forks.deleted(child[1], (child[2],))
-            self._mark_and_clear(commands)
+                self._mark_and_clear(self._owner_forks.deleted(entry, (fork,), peer.rank))
         else:
             self._child_accepted(child[1], child[2], None)
 
@@ -206,14 +205,14 @@ class RuleKeeper(Server):
             self.do_later(functools.partial(self._perform_user, command))
 
     def _fork_requested(self, peer: Peer, call: int, value: Any) -> None:
-        index, generation, fork = value
+        index, generation, fork, number = value
         alive = self.table.holder.generation(index) == generation and self.table.phase_of(index) == "used"
         with self._rules:
             # One who is dead counts until it is removed: what it has published rests on its fork.
             if self._removal.is_cleared(peer.uid):
                 return
-            commands = self._owner_forks.requested((index, generation), fork, peer.rank, alive)
-        self._mark_and_clear(commands)
+            commands = self._owner_forks.requested((index, generation), fork, peer.rank, number, alive)
+            self._mark_and_clear(commands)
         _core.failpoint("fork.registered")
         for command in commands:
             if isinstance(command, forks.Accept):
@@ -236,11 +235,11 @@ class RuleKeeper(Server):
     def _user_deleted(self, peer: Peer, call: int, value: Any) -> None:
         index, generation, gone = value
         with self._rules:
-            commands = self._owner_forks.deleted((index, generation), tuple(gone))
-        self._mark_and_clear(commands)
+            self._mark_and_clear(self._owner_forks.deleted((index, generation), tuple(gone), peer.rank))
         _core.failpoint("delete.applied")
 
     def _mark_and_clear(self, commands: list) -> None:
+        """Under the lock that decided: the mark of an entry must end as its last decision was."""
         for command in commands:
             if isinstance(command, forks.Mark):
                 self.table.mark_abroad(command.index)
@@ -249,7 +248,7 @@ class RuleKeeper(Server):
 
     def _perform_user(self, command: Any) -> None:
         if isinstance(command, forks.Request):
-            self.tell(self.peers[command.owner], Kind.RREF_FORK_REQUEST, [*command.entry, command.fork])
+            self.tell(self.peers[command.owner], Kind.RREF_FORK_REQUEST, [*command.entry, command.fork, command.number])
             _core.failpoint("fork.requested")
         elif isinstance(command, forks.ChildAccept):
             self.tell(self.peers[command.parent], Kind.RREF_CHILD_ACCEPT, None, call=command.fork)
@@ -362,8 +361,7 @@ class RuleKeeper(Server):
         if peer.rank < self.bits:
             self.table.remove_peer(peer.rank)
         with self._rules:
-            cleared = self._owner_forks.holder_lost(peer.rank)
-        self._mark_and_clear(cleared)
+            self._mark_and_clear(self._owner_forks.holder_lost(peer.rank))
         self._let_children_go(peer)
         # From here on a frame that names such an entry is told at once that the value is lost.
         unmade = [index for index, rank in self.credit_of.items() if rank == peer.rank]
