@@ -18,8 +18,8 @@ class Actions:
     # How often a walk takes each. Frames arrive a little more slowly than they are sent.
     weights = {
         "new": 6, "remote": 6, "child": 3, "hand_on": 8, "give_away": 10, "ask_for": 5, "call_method": 4, "fetch": 2,
-        "drop": 6, "clear_shelf": 4, "deliver": 20, "tick": 8, "settle": 1, "kill": 1, "give_all_and_die": 2,
-        "notice": 3,
+        "drop": 6, "clear_shelf": 4, "deliver": 20, "deliver_mail": 8, "tick": 8, "settle": 1,
+        "kill": 1, "give_all_and_die": 2, "notice": 3,
     }  # fmt: skip
 
     def __init__(self, world: World) -> None:
@@ -79,6 +79,9 @@ class Actions:
         if pairs := self.world.network.pairs_under_way():
             self.world.network.deliver(*pairs[choice % len(pairs)], 1 + variant % 3)
 
+    def deliver_mail(self, who: int, to: int, choice: int, variant: int) -> None:
+        self.world.deliver_mail(choice, again=variant % 3 == 0)
+
     def tick(self, who: int, to: int, choice: int, variant: int) -> None:
         self.world.network.tick(self._node(who))
 
@@ -114,19 +117,19 @@ class Actions:
         return reach[start : start + most]
 
 
-def walk(seed: int, bits: int, steps: int) -> None:
+def walk(seed: int, bits: int, steps: int, bad_mail: bool = False) -> None:
     """Take actions at random, then let go of everything.
 
     The same seed takes the same actions; only the threads of those that wait (``fetch``, ``remote`` without an entry)
     may meet the frames in another order.
     """
     rng = random.Random(seed)
-    world = World(rng.randrange(2, 5), bits, rng.choice([64, 128]))
+    world = World(rng.randrange(2, 5), bits, rng.choice([64, 128]), bad_mail)
     actions = Actions(world)
     try:
         for action in rng.choices(list(actions.weights), list(actions.weights.values()), k=steps):
             actions.take(action, *(rng.randrange(CHOICES) for _ in range(4)))
         world.close()
     except BaseException as error:
-        error.add_note(f"again: walk({seed}, bits={bits}, steps={steps})")
+        error.add_note(f"again: walk({seed}, bits={bits}, steps={steps}, bad_mail={bad_mail})")
         raise

@@ -14,6 +14,7 @@ from fastref.errors import OwnerDied, ReferenceLost, WorkerDied
 from fastref.futures import Future
 from fastref.rref import RRef
 from fastref.testing import Network, Node
+from tests.bad_mail import BadMailNetwork
 
 __all__ = ["World"]
 
@@ -155,12 +156,14 @@ class World:
     ----------
     count, bits, capacity
         As of ``Network``.
+    bad_mail : bool
+        What holders without a bit tell each other is late, comes in any order, and comes again.
     """
 
-    def __init__(self, count: int, bits: int, capacity: int) -> None:
+    def __init__(self, count: int, bits: int, capacity: int, bad_mail: bool = False) -> None:
         global _world
         _world = self
-        self.network = Network(count, bits=bits, capacity=capacity, window=4)
+        self.network = (BadMailNetwork if bad_mail else Network)(count, bits=bits, capacity=capacity, window=4)
         for node in self.network:
             node.default_timeout_s = 20.0  # what takes longer hangs
         self.owners: list[int] = []  # by number
@@ -251,6 +254,10 @@ class World:
         self.shelves[rank].clear()
 
     # ---- what happens to them
+
+    def deliver_mail(self, choice: int, again: bool) -> None:
+        if isinstance(self.network, BadMailNetwork):
+            self.network.deliver_mail(choice, again)
 
     def kill(self, rank: int, lose: bool, seen_by: list[int]) -> None:
         for number, letter in list(self.letters.items()):

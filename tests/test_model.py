@@ -7,10 +7,14 @@ import pytest
 from tests.model.bell import BellModel
 from tests.model.command import MODELS, main, model_of_rule
 from tests.model.explore import explore, follow
-from tests.model.scenarios import QUICK
 
 LARGE = {
-    *(("references", scenario) for scenario in MODELS["references"].SCENARIOS if scenario not in QUICK),
+    *(
+        (name, scenario)
+        for name in ("references", "messages")
+        for scenario in MODELS[name].SCENARIOS
+        if scenario not in MODELS[name].QUICK
+    ),
     ("bell", "a producer dies"),
     ("bell", "a favourite of two"),
     ("bell", "delayed stores, two producers"),

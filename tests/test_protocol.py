@@ -9,7 +9,7 @@ import copy
 import itertools
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -17,6 +17,7 @@ from fastref.errors import ProtocolError
 from fastref.protocol.forks import Accept, ChildAccept, Clear, Delete, Lose, Mark, OwnerForks, Request, UserForks
 from fastref.protocol.removal import Ask, Died, Done, Drained, LookAtInbox, Removal, SendAsk, SendDone
 from fastref.protocol.removal import Clear as Remove
+from fastref.protocol.seen import SeenNumbers
 
 E1, E2 = (5, 0), (6, 0)  # entries: index and generation
 ALICE, BOB, CAROL = 1, 2, 3
@@ -57,22 +58,32 @@ def test_who_asks_before_we_know_is_answered_once_we_have_drained():
     assert removal.handle(Ask(2, 3)) == [SendDone(3, 2)]
 
 
-def test_the_answer_of_one_who_dies_is_awaited_until_all_it_published_is_read():
+def test_all_who_are_dead_are_removed_when_every_question_about_any_is_answered():
     removal = Removal(0, {1, 2, 3})
     removal.handle(Died(2))
     removal.handle(Drained(2))
     removal.handle(Done(2, 1))
-    assert removal.handle(Died(3)) == [LookAtInbox(3), SendAsk(1, 3)]  # it may have asked for what 2 handed to it
-    assert removal.handle(Drained(3)) == [Remove(2)]
-    assert removal.handle(Done(3, 1)) == [Remove(3)]
+    assert removal.handle(Died(3)) == [LookAtInbox(3), SendAsk(1, 3)]  # it may have handed on what 2 gave to it
+    assert removal.open_cases() == {2: set(), 3: {1}}
+    assert removal.handle(Drained(3)) == []
+    assert removal.handle(Done(3, 1)) == [Remove(2), Remove(3)]
 
 
-def test_a_death_awaits_the_dead_who_are_not_read_yet():
+def test_from_one_who_is_dead_no_answer_is_awaited():
     removal = Removal(0, {1, 2})
     assert removal.handle(Died(1)) == [LookAtInbox(1), SendAsk(2, 1)]
     assert removal.handle(Died(2)) == [LookAtInbox(2)]
     assert removal.handle(Drained(2)) == []
-    assert removal.handle(Drained(1)) == [Remove(2), Remove(1)]
+    assert removal.handle(Drained(1)) == [Remove(1), Remove(2)]
+
+
+def test_a_death_after_a_removal_has_a_removal_of_its_own():
+    removal = Removal(0, {1, 2})
+    removal.handle(Died(1))
+    removal.handle(Drained(1))
+    assert removal.handle(Done(1, 2)) == [Remove(1)]
+    removal.handle(Died(2))
+    assert removal.handle(Drained(2)) == [Remove(2)]
 
 
 def test_the_dead_are_not_answered():
@@ -124,7 +135,8 @@ class Deaths(RuleBasedStateMachine):
                 self.to_drain.add((me, command.dead))
             elif isinstance(command, Remove):
                 assert (me, command.dead) not in self.cleared
-                assert all((rank, command.dead) in self.drained for rank in self.live)
+                dead = {rank for rank, by in self.unseen.items() if me not in by}  # all that are removed or are now
+                assert all((rank, about) in self.drained for rank in self.live for about in dead)
                 self.cleared.append((me, command.dead))
             else:
                 event = Ask(command.dead, me) if isinstance(command, SendAsk) else Done(command.dead, me)
@@ -177,12 +189,11 @@ class Deaths(RuleBasedStateMachine):
                 self.handle(link[1], event)
 
     @invariant()
-    def an_open_case_waits_for_the_living_and_for_the_dead_that_are_not_read(self):
+    def an_open_case_waits_for_those_whose_death_was_not_seen(self):
         for me in getattr(self, "live", ()):
             for dead, awaited in self.workers[me].open_cases().items():
                 assert dead not in self.live and me not in awaited
-                unread = {rank for rank in self.unseen if (me, rank) not in self.drained}
-                assert awaited <= self.live | unread
+                assert awaited <= self.live | {rank for rank, by in self.unseen.items() if me in by}
 
     def teardown(self):
         """Whatever was late comes in the end: every dead worker is removed everywhere, once."""
@@ -211,35 +222,66 @@ TestDeaths.settings = settings(
 def test_the_first_fork_marks_an_entry_and_the_last_clears_it():
     owner = OwnerForks()
     assert owner.made(E1, 10, ALICE) == [Mark(5)]
-    assert owner.requested(E1, 11, BOB, alive=True) == [Accept(BOB, E1, 11, True)]
+    assert owner.requested(E1, 11, BOB, 1, alive=True) == [Accept(BOB, E1, 11, True)]
     assert owner.made(E2, 12, ALICE) == [Mark(6)]
     assert (owner.count(E1), owner.count(E2), owner.total()) == (2, 1, 3)
-    assert owner.deleted(E1, (10,)) == []
-    assert owner.deleted(E1, (11,)) == [Clear(5)]
-    assert owner.deleted(E2, (12,)) == [Clear(6)]
+    assert owner.deleted(E1, (10,), ALICE) == []
+    assert owner.deleted(E1, (11,), BOB) == [Clear(5)]
+    assert owner.deleted(E2, (12,), ALICE) == [Clear(6)]
     assert owner.total() == 0
 
 
 def test_a_fork_of_an_entry_that_is_gone_is_refused():
     owner = OwnerForks()
-    assert owner.requested(E1, 10, ALICE, alive=False) == [Accept(ALICE, E1, 10, False)]
+    assert owner.requested(E1, 10, ALICE, 1, alive=False) == [Accept(ALICE, E1, 10, False)]
     assert owner.total() == 0
 
 
-def test_a_fork_that_was_deleted_before_it_was_asked_for_stays_deleted():
+def test_a_refusal_that_was_lost_is_repeated():
     owner = OwnerForks()
-    assert owner.deleted(E1, (10,)) == []
-    assert owner.requested(E1, 10, ALICE, alive=True) == [Accept(ALICE, E1, 10, True)]
-    assert owner.count(E1) == 0
+    for alive in (False, True):  # by now there is another object, which has nothing to do with it
+        assert owner.requested(E1, 10, ALICE, 1, alive=alive) == [Accept(ALICE, E1, 10, False)]
 
 
 def test_a_fork_that_was_deleted_stays_deleted_when_its_request_comes_again():
     owner = OwnerForks()
     owner.made(E1, 9, BOB)
-    owner.requested(E1, 10, ALICE, alive=True)
-    owner.deleted(E1, (10,))
-    assert owner.requested(E1, 10, ALICE, alive=True) == [Accept(ALICE, E1, 10, True)]
+    owner.requested(E1, 10, ALICE, 1, alive=True)
+    owner.deleted(E1, (10,), ALICE)
+    assert owner.requested(E1, 10, ALICE, 1, alive=True) == [Accept(ALICE, E1, 10, False)]  # nobody waits for it
     assert owner.count(E1) == 1
+
+
+def test_it_stays_deleted_however_much_has_happened_since():
+    """No number of forks that are gone may push out the memory of one: the request may be as late as it likes."""
+    owner = OwnerForks()
+    owner.made(E1, 9, BOB)
+    for number in range(1, 100_001):
+        owner.requested(E1, 100 + number, ALICE, number, alive=True)
+        owner.deleted(E1, (100 + number,), ALICE)
+    owner.requested(E1, 101, ALICE, 1, alive=True)
+    assert owner.count(E1) == 1
+    assert owner.unmet() == 0  # and nothing of them is kept
+
+
+def test_requests_that_overtake_each_other_are_all_dealt_with_once():
+    owner = OwnerForks()
+    for number in (3, 1, 2, 3, 2, 1):
+        assert owner.requested(E1, 10 + number, ALICE, number, alive=True)[-1].ok
+    assert owner.count(E1) == 3 and owner.unmet() == 0
+
+
+def test_a_delete_takes_nothing_from_another_holder():
+    owner = OwnerForks()
+    owner.made(E1, 10, ALICE)
+    assert owner.deleted(E1, (10,), BOB) == [] and owner.count(E1) == 1
+
+
+def test_who_comes_after_a_lost_holder_numbers_its_requests_anew():
+    owner = OwnerForks()
+    owner.requested(E1, 10, ALICE, 1, alive=True)
+    assert owner.holder_lost(ALICE) == [Clear(5)]
+    assert owner.requested(E2, 11, ALICE, 1, alive=True) == [Mark(6), Accept(ALICE, E2, 11, True)]
 
 
 def test_the_holders_forks_go_with_it():
@@ -253,11 +295,31 @@ def test_the_holders_forks_go_with_it():
 
 def test_every_message_to_an_owner_may_come_twice():
     owner = OwnerForks()
-    owner.requested(E1, 10, ALICE, alive=True)
-    assert owner.requested(E1, 10, ALICE, alive=True) == [Accept(ALICE, E1, 10, True)]
+    owner.requested(E1, 10, ALICE, 1, alive=True)
+    assert owner.requested(E1, 10, ALICE, 1, alive=True) == [Accept(ALICE, E1, 10, True)]
     assert owner.count(E1) == 1
-    assert owner.deleted(E1, (10,)) == [Clear(5)]
-    assert owner.deleted(E1, (10,)) == []
+    assert owner.deleted(E1, (10,), ALICE) == [Clear(5)]
+    assert owner.deleted(E1, (10,), ALICE) == []
+
+
+# Numbers
+
+
+@given(st.lists(st.integers(1, 12), max_size=40))
+def test_a_number_comes_first_once(numbers):
+    seen, met = SeenNumbers(), set()
+    for number in numbers:
+        assert seen.first(number) == (number not in met)
+        met.add(number)
+        missing = set(range(1, max(met) + 1)) - met
+        assert seen.gaps() == sum(each - 1 not in missing for each in missing)  # no more than is missing
+
+
+def test_a_number_may_claim_anything():
+    seen = SeenNumbers()
+    assert seen.first(1 << 62) and seen.gaps() == 1
+    with pytest.raises(ProtocolError, match="0 is not the number of a message"):
+        seen.first(0)
 
 
 # Forks, the user's half
@@ -273,7 +335,7 @@ def test_a_fork_that_the_owner_made_needs_no_request():
 
 def test_a_fork_that_a_user_made_is_asked_for_and_its_parent_told():
     user = UserForks()
-    assert user.received(0, E1, 10, parent=BOB) == [Request(0, E1, 10)]
+    assert user.received(0, E1, 10, parent=BOB) == [Request(0, E1, 10, 1)]
     assert user.waiting() == 1 and user.waits_for_child_of(BOB) and not user.waits_for_child_of(CAROL)
     assert user.accepted(10, True) == [ChildAccept(BOB, 10)]
     assert user.accepted(10, True) == []  # twice
@@ -320,8 +382,8 @@ def test_an_owners_death_frees_the_parents():
 class Forks(RuleBasedStateMachine):
     """One owner, three users without a bit: references are handed about by messages that are late or come twice.
 
-    Links keep their order, as channels do; requests, answers and deletes may be repeated at once (a resent message).
-    The entry must stay marked as long as any user has a handle or a message carries one, and be cleared in the end.
+    Messages come in any order, and all but those that bring a reference may come again at any time. The entry must stay
+    marked as long as any user has a handle or a message carries one, and be cleared in the end.
     """
 
     users = st.integers(1, 3)
@@ -348,12 +410,11 @@ class Forks(RuleBasedStateMachine):
                 assert self.marked
                 self.marked = False
             else:
-                assert command.ok, "the owner lost an entry that somebody held"
                 self.send(0, command.holder, command)
 
     def user_performs(self, me, commands):
         for command in commands:
-            assert not isinstance(command, Lose)
+            assert not isinstance(command, Lose), "the owner lost an entry that somebody held"
             to = command.parent if isinstance(command, ChildAccept) else command.owner
             self.send(me, to, command)
 
@@ -387,18 +448,20 @@ class Forks(RuleBasedStateMachine):
         if not links:
             return
         start, end = links[pick % len(links)]
-        message = self.wire[start, end].pop(0)
-        for _ in range(1 + (twice and not isinstance(message, tuple))):
-            self.receive(start, end, message)
+        waiting = self.wire[start, end]
+        message = waiting.pop(pick // len(links) % len(waiting))
+        if twice and not isinstance(message, tuple):
+            waiting.append(message)
+        self.receive(start, end, message)
 
     def receive(self, start, end, message):
         if isinstance(message, tuple):
             self.handles[end] += 1
             self.user_performs(end, self.user[end].received(0, E1, message[1], message[2]))
         elif isinstance(message, Request):
-            self.owner_performs(self.owner.requested(E1, message.fork, start, alive=self.marked))
+            self.owner_performs(self.owner.requested(E1, message.fork, start, message.number, alive=self.marked))
         elif isinstance(message, Delete):
-            self.owner_performs(self.owner.deleted(E1, message.forks))
+            self.owner_performs(self.owner.deleted(E1, message.forks, start))
         elif isinstance(message, Accept):
             self.user_performs(end, self.user[end].accepted(message.fork, message.ok))
         elif self.children.pop(message.fork, None) is not None:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.model import bell, rules, slot
+from tests.model import bell, forks, rules, slot
 from tests.model.explore import Result, explore, follow
 
 __all__ = ["MODELS", "main", "model_of_rule"]
 
-MODELS: dict[str, ModuleType] = {"references": rules, "slot": slot, "bell": bell}
+MODELS: dict[str, ModuleType] = {"references": rules, "messages": forks, "slot": slot, "bell": bell}
 """Each model's module: RULES, SCENARIOS, SHOWN_BY, build(scenario, without) and describe(action, state)."""
 
 

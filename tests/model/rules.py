@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from tests.model import holding, messages, table
-from tests.model.scenarios import SCENARIOS, SHOWN_BY, Scenario
+from tests.model.scenarios import QUICK, SCENARIOS, SHOWN_BY, Scenario
 from tests.model.world import (
     APPLICATION,
     CLOSED,
@@ -35,7 +35,7 @@ from tests.model.world import (
     World,
 )
 
-__all__ = ["RULES", "SCENARIOS", "SHOWN_BY", "ReferenceModel", "build", "describe"]
+__all__ = ["QUICK", "RULES", "SCENARIOS", "SHOWN_BY", "ReferenceModel", "build", "describe"]
 
 Action = tuple
 
