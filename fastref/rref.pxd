@@ -55,6 +55,7 @@ cdef class RRef:
     cdef object profiling_future
     cdef object __weakref__
 
+    cdef object creation_error(self)
     cdef int _usable(self, what) except -1
     cdef str _describe(self)
 

@@ -8,6 +8,9 @@ cimport cython
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from fastref._core cimport Holder, fr_fork
+
+import copy
+
 from fastref._core import GloballyUniqueId
 from fastref.errors import ForkedProcessError, NotInitialized, UsageError
 from fastref.options import WorkerInfo
@@ -154,6 +157,10 @@ cdef class RRef:
             raise UsageError(f"{self._describe()} has been deleted. Cannot call {what} on it after deletion.")
         return 0
 
+    cdef object creation_error(self):
+        """Why the value never will be made, fresh: the one that is kept must not remember who uses this handle."""
+        return copy.copy(self.creation)
+
     def is_owner(self) -> bool:
         """True when the value lives on this worker."""
         return self.owned is not None
@@ -263,8 +270,12 @@ cdef class RRef:
         ------
         UsageError
             After ``shutdown``.
+        PeerError
+            When the request to make the value could not be sent.
         """
         self.wiring.check()
+        if self.creation is not None:
+            raise self.creation_error()
         if self.wiring.closed or self.wiring.users_deleted:
             raise UsageError(f"{self._describe()} has been deleted. Cannot call fork an UserRRef after deletion.")
         number = self.wiring.hand_over(self)

@@ -360,7 +360,7 @@ cdef class Post(Wiring):
         for item in references:
             rref = <RRef>item
             if rref.creation is not None:
-                raise rref.creation
+                raise rref.creation_error()
             if self.users_deleted and rref.owned is None:
                 rref._serialize()  # says so
             if rref.wiring is not self:

@@ -8,7 +8,7 @@ from fastref.runtime.calls cimport Caller
 from fastref.runtime.peer cimport Peer
 
 
-cdef str ASK_TYPE, ASK_WHETHER_THERE
+cdef str ASK_TYPE, ASK_WHETHER_THERE, NEVER_MADE
 
 
 cdef class ReferenceCaller(Caller):
@@ -23,5 +23,6 @@ cdef class ReferenceCaller(Caller):
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef RRef own_pending(self, fr_fork* fork)
     cdef tuple credit(self, Peer peer, int64_t deadline_ns)
+    cdef int _check_creation(self, RRef rref) except -1
     cdef object _ask(self, RRef rref, str question, double timeout_s)
     cdef object read_published(self, RRef rref, Peer peer)

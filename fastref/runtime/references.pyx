@@ -67,6 +67,8 @@ cdef list _NOTHING = []
 ASK_TYPE = "_get_type()"
 ASK_WHETHER_THERE = "_get_future()"
 
+NEVER_MADE = "RRef creation via rpc.remote() timed out, and it is possible that the RRef on the owner node does not exist."
+
 
 cdef class ReferenceCaller(Caller):
     """The part of a runtime that makes and uses references, beside plain calls."""
@@ -180,6 +182,10 @@ cdef class ReferenceCaller(Caller):
         cdef OwnedValue owned = rref.owned
         cdef int64_t creation_ns = rref.value_deadline_ns
         cdef int64_t deadline_ns, slice_ns = self.slice_ns, left
+        if rref.creation is not None:
+            raise rref.creation_error()
+        if rref.value_deadline_ns:
+            self._check_creation(rref)
         if owned.settled == VALUE_PENDING:
             deadline_ns = self.deadline(timeout_s)
             if creation_ns and (not deadline_ns or creation_ns < deadline_ns):
@@ -192,7 +198,7 @@ cdef class ReferenceCaller(Caller):
                         left = deadline_ns - fr_now_ns()
                         if left <= 0:
                             if deadline_ns == creation_ns:
-                                self._creation_timed_out(self.peers[self.rank])
+                                self._check_creation(rref)
                             self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s)
                         if slice_ns >= 0:
                             left = min(left, slice_ns)
@@ -203,6 +209,8 @@ cdef class ReferenceCaller(Caller):
                         raise NotInitialized("the runtime was shut down before the value came")
             finally:
                 self.blocked(False)
+            if rref.value_deadline_ns:
+                self._check_creation(rref)
         if owned.settled == VALUE_FAILED:
             raise decode_failure(owned.error)
         return owned.value
@@ -253,12 +261,13 @@ cdef class ReferenceCaller(Caller):
 
     cdef object _fetch(self, RRef rref, double timeout_s):
         cdef Peer peer
-        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        cdef fr_descriptor* d
         cdef fr_frame head
         cdef Encoder body
         if rref.creation is not None:
-            raise rref.creation
+            raise rref.creation_error()
         peer = self.owner_of(rref)
+        d = &rref.holder.h.at.descriptors[rref.fork.index]
         if rref.type_str is not None:
             raise UsageError(f"{rref._describe()} is an RRef to a ScriptModule. It can't be sent through RPC from owner, "
                              f"{peer.info}, to user, {self.info}.")
@@ -267,12 +276,10 @@ cdef class ReferenceCaller(Caller):
                 fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
         if fr_load32_acquire(&peer.died):
             raise peer.died_error(True)
-        if rref.value_deadline_ns and fr_load32_acquire(&d.state) != FR_VALUE_PENDING and d.settled_ns > rref.value_deadline_ns:
-            self._creation_timed_out(peer)
+        if rref.value_deadline_ns:
+            self._check_creation(rref)
         if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
             return self.read_published(rref, peer)
-        if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
-            self._creation_timed_out(peer)
         self.fetched_by_message += 1
         memset(&head, 0, sizeof(fr_frame))
         head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
@@ -282,13 +289,17 @@ cdef class ReferenceCaller(Caller):
         try:
             return self.exchange(peer, &head, body, timeout_s, "to_here()")
         except CallTimeout:
-            if rref.value_deadline_ns and fr_load32_acquire(&d.state) == FR_VALUE_PENDING and fr_now_ns() > rref.value_deadline_ns:
-                self._creation_timed_out(peer)
+            if rref.value_deadline_ns:
+                self._check_creation(rref)
             raise
 
-    def _creation_timed_out(self, peer):
-        raise CallTimeout("RRef creation via rpc.remote() timed out, and it is possible that the RRef on the owner node does "
-                          "not exist.", peer.info.name)
+    cdef int _check_creation(self, RRef rref) except -1:
+        """Raise when the value did not come, or has not come, within the time that its remote() was given."""
+        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
+        cdef bint pending = fr_load32_acquire(&d.state) == FR_VALUE_PENDING
+        if (fr_now_ns() if pending else d.settled_ns) > rref.value_deadline_ns:
+            raise CallTimeout(NEVER_MADE, (<Peer>self.peers[rref.fork.owner]).info.name)
+        return 0
 
     cdef object read_published(self, RRef rref, Peer peer):
         """Decode a published value straight from the owner's memory; our bit or fork keeps it there.
@@ -336,10 +347,11 @@ cdef class ReferenceCaller(Caller):
         return future
 
     cdef bint confirmed(self, RRef rref) except -1:
-        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
         if rref.fork.parent != self.rank:
             return True  # who was handed it holds its bit, which the owner sees; no word from there is needed
-        return rref.creation is None and fr_load32_acquire(&d.state) != FR_VALUE_PENDING
+        if rref.creation is not None:
+            return False
+        return fr_load32_acquire(&rref.holder.h.at.descriptors[rref.fork.index].state) != FR_VALUE_PENDING
 
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
         if rref.creation is None:
@@ -352,7 +364,7 @@ cdef class ReferenceCaller(Caller):
     cdef object _invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
         cdef Peer peer
         if rref.creation is not None:
-            raise rref.creation
+            raise rref.creation_error()
         try:
             peer = self.owner_of(rref) if rref.holder is not None else <Peer>self.peers[self.rank]
         except PeerError as error:
