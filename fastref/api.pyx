@@ -108,7 +108,8 @@ def join(name: str, rank: int, world_size: int | None, options: RpcBackendOption
             current_wiring().check_process()
             raise UsageError("RPC is already initialized")
         try:
-            Runtime(name, rank, world_size, options, store, count=_joined, before_serving=_begin)
+            kind = options.runtime_type or Runtime
+            kind(name, rank, world_size, options, store, count=_joined, before_serving=_begin)
         except BaseException:
             set_current_wiring(None)
             raise

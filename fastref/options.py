@@ -93,6 +93,8 @@ class RpcBackendOptions:
         When a value is out of range.
     """
 
+    runtime_type: type | None = None  # of a worker with these options; None: the ordinary one
+
     def __init__(
         self,
         rpc_timeout: float = DEFAULT_RPC_TIMEOUT_SEC,

@@ -44,7 +44,7 @@ class Job:
         What starts them.
     world_size : int
     options : dict
-        Arguments of ``RpcBackendOptions``, the init method excepted.
+        Arguments of ``RpcBackendOptions``, the init method excepted; ``kind`` is another class of options.
     """
 
     def __init__(self, context: ForkServerContext, world_size: int, **options: Any) -> None:
@@ -173,7 +173,8 @@ def _shown(options: dict[str, Any]) -> str:
 def _work(pipe: Any, rank: int, world_size: int, options: dict[str, Any]) -> None:
     """Be a worker: join, follow orders, leave."""
     arm(JOB_LIFETIME_S)
-    rpc.init_rpc(f"w{rank}", rank=rank, world_size=world_size, rpc_backend_options=rpc.RpcBackendOptions(**options))
+    kind = options.pop("kind", rpc.RpcBackendOptions)
+    rpc.init_rpc(f"w{rank}", rank=rank, world_size=world_size, rpc_backend_options=kind(**options))
     pipe.send(("done", None))
     while (order := pipe.recv()) is not None:
         pipe.send(_follow(*order))

@@ -24,7 +24,7 @@ ROWS: list[set[str]] = [
     {"codec"},
     {"runtime"},
     {"profiling"},
-    {"api", "autograd", "spawn", "debug", "testing"},
+    {"api", "autograd", "faults", "spawn", "debug", "testing"},
     {"__init__"},  # re-exports what programs call
     {"rpc", "nn", "optim"},
     {"cli", "compat", "bench"},

@@ -15,6 +15,7 @@ from fastref import rpc
 from fastref.compat import late
 from fastref.errors import UsageError
 from fastref.rpc import (
+    _testing,
     api,
     backend_registry,
     constants,
@@ -32,6 +33,8 @@ _RPC = "torch.distributed.rpc"
 
 _MODULES: dict[str, ModuleType] = {
     _RPC: rpc,
+    f"{_RPC}._testing": _testing,
+    f"{_RPC}._testing.faulty_agent_backend_registry": _testing.faulty_agent_backend_registry,
     f"{_RPC}.api": api,
     f"{_RPC}.backend_registry": backend_registry,
     f"{_RPC}.constants": constants,
@@ -41,7 +44,6 @@ _MODULES: dict[str, ModuleType] = {
     f"{_RPC}.rref_proxy": rref_proxy,
     f"{_RPC}.server_process_global_profiler": server_process_global_profiler,
     # What is not there yet; a line moves up when it is.
-    f"{_RPC}._testing": AbsentModule(f"{_RPC}._testing"),
     f"{_RPC}._utils": AbsentModule(f"{_RPC}._utils"),
     "torch.distributed.autograd": AbsentModule("torch.distributed.autograd"),
     "torch.distributed.optim.optimizer": AbsentModule("torch.distributed.optim.optimizer"),

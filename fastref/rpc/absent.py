@@ -14,7 +14,6 @@ _AGENT = "it is part of torch's own agent, which fastref does without"
 _AUTOGRAD = "distributed autograd comes with a later version; until then compute gradients where the tensors live"
 _SCRIPT = "references do not travel inside TorchScript; send what `to_here()` returns"
 _PROFILER = "`_server_process_global_profile` profiles what others call here"
-_FAULTS = "fastref.testing kills and stops real workers"
 
 # By torch's module, what is absent and what to do about it.
 ABSENT: dict[str, dict[str, str]] = {
@@ -40,11 +39,6 @@ ABSENT: dict[str, dict[str, str]] = {
         "RemoteProfilerManager": _PROFILER,
         "_disable_server_process_global_profiler": _PROFILER,
         "_enable_server_process_global_profiler": _PROFILER,
-    },
-    "torch.distributed.rpc._testing": {
-        "FaultyTensorPipeAgent": _FAULTS,
-        "FaultyTensorPipeRpcBackendOptions": _FAULTS,
-        "faulty_agent_backend_registry": _FAULTS,
     },
     "torch.distributed.rpc._utils": {
         "_group_membership_management": _AGENT,

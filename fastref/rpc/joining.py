@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch._C._distributed_c10d import Store
@@ -18,7 +19,7 @@ from fastref.rpc.backend_registry import BackendType
 from fastref.rpc.options import TensorPipeRpcBackendOptions
 from fastref.rref import current_wiring
 
-__all__ = ["_init_rpc_backend", "init_rpc"]
+__all__ = ["_init_rpc_backend", "init_rpc", "register_own"]
 
 
 def _start(store: Any, name: str, rank: int, world_size: int | None, rpc_backend_options: Any) -> RpcAgent:
@@ -34,7 +35,17 @@ def _construct(rpc_timeout: float, init_method: str, **kwargs: Any) -> TensorPip
     return TensorPipeRpcBackendOptions(rpc_timeout=rpc_timeout, init_method=init_method, **kwargs)
 
 
-TENSORPIPE = backend_registry.register_backend("TENSORPIPE", _construct, _start)
+def register_own(
+    name: str, construct: Callable[..., Any], start: Callable[..., RpcAgent], options_type: type[RpcBackendOptions]
+) -> BackendType:
+    """Add a backend that is a way to run fastref: it meets as fastref does, and its options tell it from the others."""
+    backend = backend_registry.register_backend(name, construct, start)
+    _own[backend] = options_type
+    return backend
+
+
+_own: dict[BackendType, type[RpcBackendOptions]] = {}
+TENSORPIPE = register_own("TENSORPIPE", _construct, _start, TensorPipeRpcBackendOptions)
 
 
 def init_rpc(
@@ -62,23 +73,28 @@ def init_rpc(
     """
     if backend is not None and not isinstance(backend, BackendType):
         raise TypeError("Argument backend must be a member of BackendType")
-    if backend is None or backend is TENSORPIPE:
-        kind = type(rpc_backend_options)
-        if rpc_backend_options is None or kind is RpcBackendOptions or issubclass(kind, TensorPipeRpcBackendOptions):
-            pass
-        elif not issubclass(kind, RpcBackendOptions):
-            raise TypeError("Argument rpc_backend_options must be an instance of RpcBackendOptions")
-        elif backend is TENSORPIPE:
-            raise TypeError(f"`rpc_backend_options` must be a `TensorPipeRpcBackendOptions`. {rpc_backend_options}")
-        else:
-            raise TypeError(f"Could not infer backend for options {rpc_backend_options}")
-        session = api.init_rpc(name, None, rank, world_size, rpc_backend_options)
+    if backend is None or backend in _own:
+        session = api.init_rpc(name, None, rank, world_size, _own_options(backend, rpc_backend_options))
         rpc_api.use_own_pickler()
         return session
     options = rpc_backend_options or backend_registry.construct_rpc_backend_options(backend)
     store, _, _ = next(rendezvous(options.init_method, rank=rank, world_size=world_size or -1))
     _init_rpc_backend(backend, store, name, rank, world_size, options)
     return Session()
+
+
+def _own_options(backend: BackendType | None, options: Any) -> RpcBackendOptions | None:
+    """Return the options for one of fastref's own backends, None for the default ones; ``backend`` None is any."""
+    if options is None:
+        return None if backend in (None, TENSORPIPE) else backend_registry.construct_rpc_backend_options(backend)
+    if not isinstance(options, RpcBackendOptions):
+        raise TypeError("Argument rpc_backend_options must be an instance of RpcBackendOptions")
+    wanted = tuple(_own.values()) if backend is None else (_own[backend],)
+    if isinstance(options, wanted) or (type(options) is RpcBackendOptions and backend in (None, TENSORPIPE)):
+        return options
+    if backend is None:
+        raise TypeError(f"Could not infer backend for options {options}")
+    raise TypeError(f"`rpc_backend_options` must be a `{wanted[0].__name__}`. {options}")
 
 
 def _init_rpc_backend(
