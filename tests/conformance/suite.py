@@ -19,6 +19,8 @@ from torch.testing._internal.distributed.rpc.examples.parameter_server_test impo
 from torch.testing._internal.distributed.rpc.examples.reinforcement_learning_rpc_test import (  # noqa: E402
     ReinforcementLearningRpcTest,
 )
+from torch.testing._internal.distributed.rpc.faulty_agent_rpc_test import FaultyAgentRpcTest  # noqa: E402
+from torch.testing._internal.distributed.rpc.faulty_rpc_agent_test_fixture import FaultyRpcAgentTestFixture  # noqa: E402
 from torch.testing._internal.distributed.rpc.rpc_agent_test_fixture import RpcAgentTestFixture  # noqa: E402
 from torch.testing._internal.distributed.rpc.rpc_test import RpcTest, TensorPipeAgentRpcTest  # noqa: E402
 
@@ -62,12 +64,16 @@ class _Processes(MultiProcessTestCase):
         self._start_processes(context.Process)
 
 
-def _made(source: type) -> type:
+def _made(source: type, fixture: type) -> type:
     """Return torch's class with fastref under it; children find it by its name in this module."""
-    made = type(f"{source.__name__}OnFastref", (source, _Fixture, _Processes), {"__module__": __name__})
+    made = type(f"{source.__name__}OnFastref", (source, fixture, _Processes), {"__module__": __name__})
     globals()[made.__name__] = made
     return made
 
 
-SOURCES = (RpcTest, TensorPipeAgentRpcTest, ParameterServerTest, ReinforcementLearningRpcTest)
-CLASSES: dict[str, type] = {source.__name__: _made(source) for source in SOURCES}
+# torch's own fixture for tests of the faulty agent says which messages fail and come late.
+SOURCES = {
+    **dict.fromkeys((RpcTest, TensorPipeAgentRpcTest, ParameterServerTest, ReinforcementLearningRpcTest), _Fixture),
+    FaultyAgentRpcTest: FaultyRpcAgentTestFixture,
+}
+CLASSES: dict[str, type] = {source.__name__: _made(source, fixture) for source, fixture in SOURCES.items()}
