@@ -68,6 +68,11 @@ def test_a_counterexample_ends_with_the_rule_in_force(rule: str) -> None:
     assert any(not sound.outside(action) for action in sound.enabled(state)) or sound.unfinished(state) is None
 
 
+def test_no_two_models_have_a_rule_or_a_scenario_of_the_same_name() -> None:
+    names = [name for module in MODELS.values() for name in (*module.RULES, *module.SCENARIOS)]
+    assert len(names) == len(set(names))
+
+
 def test_a_model_refuses_to_leave_out_a_rule_it_does_not_have() -> None:
     with pytest.raises(ValueError, match="no such rule: fence"):
         BellModel(("fence",))

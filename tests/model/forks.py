@@ -111,7 +111,7 @@ SCENARIOS = {
         {**_send((OWNER, ANN), (ANN, BEN), (BEN, CAY)), "kill": 2}, users=_THREE, mortal=(ANN, BEN)),
     "two to one, and a death": Scenario(
         {**_send((ANN, CAY), (BEN, CAY)), "kill": 1}, holders=(ANN, BEN), users=_THREE, mortal=(ANN,)),
-    "two entries": Scenario(
+    "two objects": Scenario(
         {**_send((OWNER, ANN, 2), (ANN, BEN, 1)), "open": 2, "repeat": 1}, entries=2),
 }  # fmt: skip
 """Every scenario of the whole search, by name."""
@@ -119,7 +119,7 @@ SCENARIOS = {
 _LARGE = (
     "handed on, and one is cut off", "a chain whose middle dies", "a chain, lost and repeated",
     "a chain, and one dies", "a chain of two deaths", "a chain from the owner, two deaths", "two to one, and a death",
-    "two entries",
+    "two objects",
 )  # fmt: skip
 
 QUICK = tuple(name for name in SCENARIOS if name not in _LARGE)
