@@ -27,7 +27,7 @@ LARGEST_WINDOW = 1024  # more than requests that fit in a ring, so credits are n
 
 
 class RuleKeeper(Server):
-    """A runtime's bookkeeping. Rules decide under one lock; all but marks in the table is performed after its release."""
+    """A runtime's bookkeeping. Rules decide under one lock, marks are set under it too; all else is done later."""
 
     bits: int  # ranks below this have a bit in this worker's table
     main_digest: str  # of the ``__main__`` that this worker runs; empty: none that a peer could share
