@@ -684,20 +684,22 @@ def test_a_group_in_which_many_are_killed_and_others_take_their_ranks(troupe: Tr
     leave(zero)
 
 
-def stay_in_turns(job: str, rank: int, world_size: int) -> None:
-    """Be in a job of fixed size, in a group, and in a job again, all of one name."""
-    for size in (world_size, None, world_size):
+def stay_in_turns(job: str, rank: int, sizes: list[int | None], count: int) -> None:
+    """Be in jobs of fixed size and in groups, all of one name."""
+    for size in sizes:
         puppets.join_job(f"w{rank}", rank, size, job, {})
         if size is None:
-            wait_until_members({f"w{other}" for other in range(world_size)})
-        for other in range(world_size):
-            assert rpc.rpc_sync(f"w{other}", puppets.echo, (other,)) == other
+            wait_until_members({f"w{other}" for other in range(count)})
+            rpc.api._barrier(members())
         rpc.shutdown(timeout=PATIENCE_S)
 
 
-def test_a_job_may_follow_a_group_and_a_group_a_job(troupe: Troupe) -> None:
-    one = troupe.hire("w0")
-    one.do(stay_in_turns, troupe.job, 0, 1)
+def test_a_group_may_follow_a_job_and_a_job_a_group(troupe: Troupe) -> None:
+    crew = [troupe.hire(f"w{rank}") for rank in range(2)]
+    for rank, worker in enumerate(crew):
+        worker.order(stay_in_turns, troupe.job, rank, [2, None, 2, None], 2)
+    for worker in crew:
+        worker.outcome()
 
 
 def keep_and_leave() -> None:

@@ -52,7 +52,7 @@ JOINED_SUFFIX = "joined"
 
 MIXED = "RPC group mixes statically and dynamically initialized members which is not supported. "
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.01
-_END_GRACE_S = 1.0
+_END_GRACE_S = 3.0
 _KEY = "fastref_group"
 
 
@@ -99,19 +99,26 @@ def take_turn(listener: Listener, deadline: float) -> Iterator[None]:
         os.close(fd)
 
 
-def check_no_job(listener: Listener) -> None:
-    """Raise ``RendezvousError`` when workers of a job of fixed size use the same init method."""
-    _check_nobody(listener, STATIC_SUFFIX)
+def check_no_job(listener: Listener, has_left_one: bool) -> None:
+    """Raise ``RendezvousError`` when workers of a job of fixed size use the same init method.
+
+    Parameters
+    ----------
+    listener : Listener
+        Where this worker is reached.
+    has_left_one : bool
+        This process was in a job before: whoever is there may be about to leave it too, and gets some seconds.
+    """
+    _check_nobody(listener, STATIC_SUFFIX, has_left_one)
 
 
-def check_no_group(listener: Listener) -> None:
-    """Raise ``RendezvousError`` when workers of a group of open size use the same init method."""
-    _check_nobody(listener, MEMBER_SUFFIX)
+def check_no_group(listener: Listener, has_left_one: bool) -> None:
+    """As ``check_no_job``, for workers of a group of open size."""
+    _check_nobody(listener, MEMBER_SUFFIX, has_left_one)
 
 
-def _check_nobody(listener: Listener, suffix: str) -> None:
-    # Whoever is there may belong to what this process has just left, and be about to end.
-    deadline = time.monotonic() + _END_GRACE_S
+def _check_nobody(listener: Listener, suffix: str, has_left_one: bool) -> None:
+    deadline = time.monotonic() + (_END_GRACE_S if has_left_one else 0.0)
     while any(_is_there(path) for path in listener.directory.glob(f"*.{suffix}")):
         if time.monotonic() > deadline:
             raise RendezvousError(MIXED)

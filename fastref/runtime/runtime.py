@@ -134,7 +134,7 @@ class Runtime(GroupKeeper):
         deadline = time.monotonic() + options.rpc_timeout if options.rpc_timeout else math.inf
         self._is_open = is_open(options.init_method, world_size)
         if self._is_open:
-            self._start_in_group(name, rank, store, deadline)
+            self._start_in_group(name, rank, store, count, deadline)
             return
         directory = job_directory(run_root(), job_name(options.init_method))
         # First of all: over it a worker that fails in what follows can be heard.
@@ -142,7 +142,7 @@ class Runtime(GroupKeeper):
         failpoint("rendezvous.listening")
         check_worker_name(name)
         check_numbers(rank, world_size)
-        check_no_group(self._listener)
+        check_no_group(self._listener, has_left_one=count > 0)
         self._memory = OwnMemory(self._lock, options)
         self._membership = join(
             self._describe(name), self._listener, options.init_method, rank, world_size, options.rpc_timeout, store,
@@ -156,7 +156,7 @@ class Runtime(GroupKeeper):
         except WorkerDied as error:
             raise RendezvousError(f"worker {record} cannot start: {error}") from error
 
-    def _start_in_group(self, name: str, rank: int, store: Any, deadline: float) -> None:
+    def _start_in_group(self, name: str, rank: int, store: Any, count: int, deadline: float) -> None:
         """Join a group of open size: meet all members one by one, and be known to all of them."""
         options = self.options
         check_worker_name(name)
@@ -167,7 +167,7 @@ class Runtime(GroupKeeper):
         failpoint("rendezvous.listening")
         self._memory = memory = OwnMemory(self._lock, options)
         record = dataclasses.replace(self._describe(name), rank=rank, world_size=0)
-        check_no_job(self._listener)
+        check_no_job(self._listener, has_left_one=count > 0)
         with take_turn(self._listener, deadline):
             members, used = ask_members(record, self._listener, deadline)
             self.record = record = dataclasses.replace(record, incarnation=used.get(rank, 0))
