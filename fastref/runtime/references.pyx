@@ -268,7 +268,7 @@ cdef class ReferenceCaller(Caller):
             raise rref.creation_error()
         peer = self.owner_of(rref)
         d = &rref.holder.h.at.descriptors[rref.fork.index]
-        if rref.type_str is not None:
+        if rref.type_str is not None and rref.type_str.startswith("__torch__."):
             raise UsageError(f"{rref._describe()} is an RRef to a ScriptModule. It can't be sent through RPC from owner, "
                              f"{peer.info}, to user, {self.info}.")
         if fr_load32_acquire(&d.state) == FR_VALUE_PENDING:
