@@ -114,3 +114,30 @@ def test_a_death_is_noticed_while_a_stopped_worker_cannot_be_told_of_it(troupe: 
         puppet.do(puppets.wait_until_dead, "w3")
     w0.do(puppets.wait_until_removed)
     troupe.leave([w0, stopped])
+
+
+def test_a_remote_that_reaches_nobody_in_its_time_says_so_where_it_is_used(troupe: Troupe) -> None:
+    w0, owner = troupe.start(2)
+    owner.stop()  # before it has opened an entry for w0
+    w0.do(use_what_was_never_made, "w1")
+    owner.go_on()
+    assert w0.do(rpc.rpc_sync, "w1", puppets.echo, (1,)) == 1
+    troupe.leave([w0, owner])
+
+
+def use_what_was_never_made(to: str) -> None:
+    rref = rpc.remote(to, puppets.echo, (1,), timeout=0.05)
+    for use in (
+        rref.to_here,
+        rref.rpc_sync().bit_length,
+        rref._get_future().wait,
+        rref._get_type,
+        lambda: rpc.rpc_sync(rpc.get_worker_info().name, puppets.echo, (rref,)),
+    ):
+        with pytest.raises(
+            CallTimeout, match=r"more than set timeout \(50 ms\).*RRef creation via rpc.remote\(\) timed out"
+        ):
+            use()
+    assert not rref.confirmed_by_owner()
+    assert rref.owner_name() == to
+    assert repr(rref).startswith("UserRRef(")

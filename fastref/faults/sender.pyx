@@ -88,6 +88,15 @@ cdef class FaultySender(Server):
         self.look_sooner()
         return position
 
+    def ask_for_entries(self) -> None:
+        """Have an entry for a remote() to each peer: with a short timeout there would be no time to ask for one."""
+        cdef Peer peer
+        for peer in self.peers:
+            if peer is not None and peer.rank != self.rank:
+                entry = self.credit(peer, self.deadline(-1.0), -1.0)
+                with peer.lock:
+                    peer.credits.append(entry)
+
     cdef str _name_of(self, fr_frame* head, Encoder body):
         """What torch calls a frame, if it is a request of the program's."""
         if head.kind == RREF_FETCH_CALL:
@@ -102,7 +111,7 @@ cdef class FaultySender(Server):
 
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s):
         cdef RRef rref = Server.call_remote(self, peer, func, target, method, args, kwargs, timeout_s)
-        if rref.creation is not None and rref.owned is None and not peer.is_dead:
+        if rref.creation is not None and rref.holder is not None and rref.owned is None and not peer.is_dead:
             # The owner lives and never hears of it: the entry is let go of now, not with the last handle.
             holder, rref.holder = rref.holder, None
             holder.release(rref.fork.index)

@@ -126,7 +126,15 @@ cdef class ReferenceCaller(Caller):
         if peer.rank == self.rank:
             rref = self.own_pending(&fork)
         else:
-            fork.index, fork.generation = self.credit(peer, deadline_ns)
+            try:
+                fork.index, fork.generation = self.credit(peer, deadline_ns, timeout_s)
+            except CallTimeout as error:
+                if timeout_s == -1.0:
+                    raise
+                fork.has_entry = 0
+                rref = make_rref(self, None, &fork, None, None)
+                rref.creation = CallTimeout(f"{error}. {NEVER_MADE}", peer.info.name)
+                return rref
             fr_holder_adopt(&peer.holder.h, fork.index, fork.generation)
             rref = make_rref(self, peer.holder, &fork, None, None)
         body = self.encoder()
@@ -215,7 +223,7 @@ cdef class ReferenceCaller(Caller):
             raise decode_failure(owned.error)
         return owned.value
 
-    cdef tuple credit(self, Peer peer, int64_t deadline_ns):
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns, double timeout_s):
         """An entry that the peer opened for us; asks for more and waits when there is none."""
         cdef fr_frame head
         while True:
@@ -243,7 +251,7 @@ cdef class ReferenceCaller(Caller):
                 self.blocked(False)
             if deadline_ns and fr_now_ns() > deadline_ns:
                 why = f" ({peer.credits_refused})" if peer.credits_refused else ""
-                self.raise_timeout(peer, f"remote(): no free table entry{why}", -1.0)
+                self.raise_timeout(peer, f"remote(): no free table entry{why}", timeout_s)
 
     # ---- fetch
 
