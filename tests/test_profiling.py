@@ -15,7 +15,10 @@ from torch.autograd.profiler_legacy import profile as legacy_profile
 from torch.profiler import profile
 
 import fastref.rpc as rpc
+from fastref.profiling import attach
 from fastref.rpc.functions import async_execution
+from fastref.rref import current_wiring
+from fastref.runtime.references import use_profiler_flag
 from tests import work
 from tests.jobs import in_job, job_fixtures
 
@@ -226,3 +229,15 @@ def test_what_nobody_profiles_leaves_no_trace() -> None:
     rpc.rpc_sync("w1", relu, args=(torch.ones(2),))
     assert not [event.name for event in profiled.events() if "rpc" in event.name]
     assert not [event for event in trace_of(profiled) if event.get("cat") == "rpc"]
+
+
+@in_job
+def test_calls_are_seen_by_a_torch_whose_flag_has_another_name() -> None:
+    use_profiler_flag(0)
+    try:
+        assert rpc.rpc_sync("w1", relu, args=(torch.ones(1),)) == 1
+        with profile() as profiled:
+            rpc.rpc_sync("w1", relu, args=(torch.ones(1),))
+    finally:
+        attach(current_wiring())
+    assert named(profiled.events(), "rpc_sync#relu(w0 -> w1)#remote_op: aten::relu").is_remote
