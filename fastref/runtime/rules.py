@@ -259,8 +259,11 @@ class RuleKeeper(Server):
 
     def _delete_what_is_gone(self, peer: Peer) -> None:
         """Tell an owner in whose table we have no bit what this process does not hold any more."""
-        while peer.holder.gone:
-            index, generation = peer.holder.gone.popleft()
+        while True:
+            try:  # the monitor and a thread that shuts down may both be here
+                index, generation = peer.holder.gone.popleft()
+            except IndexError:
+                return
             with self._rules:  # a fork is registered under it after it was counted: none is deleted that has just come
                 if peer.holder.count(index):
                     continue  # it came back meanwhile
