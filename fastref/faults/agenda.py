@@ -18,27 +18,30 @@ NEVER = 0x7FFFFFFFFFFFFFFF
 
 
 class Agenda:
-    """Actions with the times at which they are due. It has no thread: whoever looks at a clock calls ``act``."""
+    """Actions with the times at which they are due. It has no thread: whoever looks at a clock calls ``act``.
+
+    Every step is one operation under the interpreter lock, and nobody waits for another lock: a destructor that sends
+    something may run between any two of them.
+    """
 
     def __init__(self) -> None:
         self._numbers = itertools.count()  # of two that are due at once the older one is first
         self._entries: list[tuple[int, int, bool, Callable[[], object]]] = []
-        self._adding = threading.Lock()  # no action runs under it
         self._acting = threading.Lock()  # held while actions run; nobody waits for it
 
     def add(self, due_ns: int, action: Callable[[], object], is_control: bool = False) -> None:
         """Have ``action`` called at ``due_ns``. From any thread, from an action too."""
-        with self._adding:
-            heapq.heappush(self._entries, (due_ns, next(self._numbers), is_control, action))
+        entry = (due_ns, next(self._numbers), is_control, action)
+        heapq.heappush(self._entries, entry)
 
     def act(self, now_ns: int) -> None:
         """Do what is due, soonest first. Does nothing while another thread does."""
         if not self._acting.acquire(blocking=False):
             return
         try:
-            while (action := self._take(now_ns)) is not None:
+            while self.next_ns <= now_ns and (entry := self._pop()) is not None:
                 try:
-                    action()
+                    entry[3]()
                 except PeerError as error:
                     logger.debug("nobody is left for a message that came late: %s", error)
                 except Exception:
@@ -46,30 +49,29 @@ class Agenda:
         finally:
             self._acting.release()
 
-    def _take(self, now_ns: int) -> Callable[[], object] | None:
-        with self._adding:
-            if not self._entries or self._entries[0][0] > now_ns:
-                return None
-            return heapq.heappop(self._entries)[3]
+    def _pop(self) -> tuple[int, int, bool, Callable[[], object]] | None:
+        try:
+            return heapq.heappop(self._entries)
+        except IndexError:  # cleared meanwhile
+            return None
 
     @property
     def next_ns(self) -> int:
         """When the next action is due."""
-        with self._adding:
-            return self._entries[0][0] if self._entries else NEVER
+        try:
+            return self._entries[0][0]
+        except IndexError:
+            return NEVER
 
     @property
     def controls(self) -> int:
         """How many control messages are waiting."""
-        with self._adding:
-            return sum(is_control for _, _, is_control, _ in self._entries)
+        return sum(is_control for _, _, is_control, _ in list(self._entries))
 
     def clear(self) -> None:
         """Forget everything that has not been done."""
-        with self._adding:
-            self._entries.clear()
+        self._entries.clear()
 
     def is_empty(self) -> bool:
         """Tell whether nothing is left to do or being done."""
-        with self._adding:
-            return not self._entries and not self._acting.locked()
+        return not self._entries and not self._acting.locked()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from fastref.errors import UsageError
 
@@ -62,10 +62,10 @@ class FaultPlan:
         if isinstance(num_fail_sends, bool) or not isinstance(num_fail_sends, int) or num_fail_sends < 0:
             raise UsageError(f"num_fail_sends is a number of sends, at least 0, got {num_fail_sends!r}")
         self._num_fail_sends = num_fail_sends
-        self._lock = threading.Lock()
-        self._attempts: Counter[tuple[str, bytes]] = Counter()
-        self._failed: Counter[str] = Counter()
-        self._delayed: Counter[str] = Counter()
+        # Each is changed by one operation under the interpreter lock: a destructor may send in between.
+        self._sends: dict[tuple[str, bytes], Iterator[int]] = {}
+        self._failed: list[str] = []
+        self._delayed: list[str] = []
 
     def may_fail(self, name: str) -> bool:
         """Tell whether messages of this name fail at all."""
@@ -75,25 +75,21 @@ class FaultPlan:
         """Tell whether one send fails, and count it if so. ``content``: equal for all sends of one message."""
         if name not in self._failing:
             return False
-        with self._lock:
-            if self._attempts[name, content] == self._num_fail_sends:
-                return False
-            self._attempts[name, content] += 1
-            self._failed[name] += 1
-            return True
+        if next(self._sends.setdefault((name, content), itertools.count())) >= self._num_fail_sends:
+            return False
+        self._failed.append(name)
+        return True
 
     def delay_s(self, name: str) -> float:
         """Return how long a message is kept back, in seconds, and count it if it is."""
         delay = self._delays_s.get(name, 0.0)
         if delay:
-            with self._lock:
-                self._delayed[name] += 1
+            self._delayed.append(name)
         return delay
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return how many sends have failed and how many messages were kept back, by name."""
-        with self._lock:
-            return {"failed": dict(self._failed), "delayed": dict(self._delayed)}
+        return {"failed": dict(Counter(self._failed)), "delayed": dict(Counter(self._delayed))}
 
 
 def retry_after_s(retries: int) -> float | None:

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fastref._core cimport fr_now_ns
 from fastref.codec.payload cimport Encoder
 from fastref.faults.late cimport LateChannel
 from fastref.rref cimport OwnedValue, RRef
@@ -25,6 +26,7 @@ from fastref.faults.agenda import Agenda
 
 __all__ = ["FaultySender"]
 
+cdef int64_t PATIENCE_NS = 60000000000
 cdef str SCRIPT_TYPE = "Any"    # of a value that TorchScript makes; one of Python's has none
 
 
@@ -116,6 +118,10 @@ cdef class FaultySender(Server):
             holder, rref.holder = rref.holder, None
             holder.release(rref.fork.index)
         return rref
+
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns):
+        """As in ``ReferenceCaller``; asking for entries does not use up the call's time: in torch nothing is asked."""
+        return Server.credit(self, peer, deadline_ns and max(deadline_ns, fr_now_ns() + PATIENCE_NS))
 
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
         """Values are not published: each fetch is a message."""
