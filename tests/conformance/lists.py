@@ -54,6 +54,8 @@ MISSING: dict[str, str] = {
 
 # One of each kind: about half a minute.
 QUICK: list[str] = [
+    "FaultyAgentRpcTest.test_builtin_remote_message_dropped_timeout",
+    "FaultyAgentRpcTest.test_rref_to_here_timeout",
     "RpcTest.test_all_gather",
     "RpcTest.test_async_class_rref_proxy_async",
     "RpcTest.test_async_function_nested",
