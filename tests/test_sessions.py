@@ -470,7 +470,9 @@ def fill_the_table() -> None:
     text = r"no free table entry \(all 128 entries of the reference table are in use\) on worker 'w1'"
     with pytest.raises(CallTimeout, match=text):
         while len(held) <= 128:
-            held.append(rpc.remote("w1", work.Counter, timeout=0.5))
+            rref = rpc.remote("w1", work.Counter, timeout=0.5)
+            assert rref.rpc_sync().get() == 0
+            held.append(rref)
     assert len(held) > 64
     assert [rref.rpc_sync().get() for rref in held] == [0] * len(held)
     held.clear()

@@ -48,7 +48,6 @@ class FaultyRuntime(FaultySender, Runtime):
     ) -> None:
         self.plan = FaultPlan(options.messages_to_fail, options.messages_to_delay, options.num_fail_sends)
         super().__init__(name, rank, world_size, options, store, count, before_serving)
-        self.ask_for_entries()
 
     def send_control(self, peer: Peer, kind: int, call: int, payload: bytes) -> None:
         """As ``Post.send_control``, at once or later; what comes later is sent or lost without a word."""

@@ -90,15 +90,6 @@ cdef class FaultySender(Server):
         self.look_sooner()
         return position
 
-    def ask_for_entries(self) -> None:
-        """Have an entry for a remote() to each peer: with a short timeout there would be no time to ask for one."""
-        cdef Peer peer
-        for peer in self.peers:
-            if peer is not None and peer.rank != self.rank:
-                entry = self.credit(peer, self.deadline(-1.0), -1.0)
-                with peer.lock:
-                    peer.credits.append(entry)
-
     cdef str _name_of(self, fr_frame* head, Encoder body):
         """What torch calls a frame, if it is a request of the program's."""
         if head.kind == RREF_FETCH_CALL:
@@ -119,9 +110,9 @@ cdef class FaultySender(Server):
             holder.release(rref.fork.index)
         return rref
 
-    cdef tuple credit(self, Peer peer, int64_t deadline_ns):
+    cdef tuple credit(self, Peer peer, int64_t deadline_ns, double timeout_s):
         """As in ``ReferenceCaller``; asking for entries does not use up the call's time: in torch nothing is asked."""
-        return Server.credit(self, peer, deadline_ns and max(deadline_ns, fr_now_ns() + PATIENCE_NS))
+        return Server.credit(self, peer, deadline_ns and max(deadline_ns, fr_now_ns() + PATIENCE_NS), timeout_s)
 
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
         """Values are not published: each fetch is a message."""
