@@ -145,14 +145,14 @@ def shutdown(graceful: bool = True, timeout: float = 0.0) -> None:
     leave(graceful, timeout)
 
 
-def leave(graceful: bool, timeout: float, **steps: Any) -> None:
-    """As ``shutdown``; ``steps`` are those of ``Runtime.shutdown`` that are to be others."""
+def leave(graceful: bool, timeout: float, check: Callable[[bool], None] | None = None) -> None:
+    """As ``shutdown``; ``check`` as for ``Runtime.shutdown``."""
     runtime = current_wiring()
     if runtime is None:
         return
     runtime.check_process()
     try:
-        runtime.shutdown(graceful, timeout, **steps)
+        runtime.shutdown(graceful, timeout, check)
     finally:
         if current_wiring() is runtime:
             set_current_wiring(None)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastref
 import fastref.rpc as rpc
 from fastref.errors import CallTimeout, PeerError, UsageError
 from fastref.rpc import api, internal
@@ -307,3 +308,14 @@ def test_a_value_that_others_hold_at_the_end_is_told(troupe: Troupe) -> None:
     with pytest.raises(UsageError, match="Leaking RRef GloballyUniqueId\\(created_on=1, local_id=0\\), held by w1"):
         crew[0].outcome()
     crew[1].outcome()
+
+
+def test_one_worker_alone_may_ask_for_leaks(troupe: Troupe) -> None:
+    crew = troupe.start(3)
+    crew[1].do(puppets.keep_result, "a", rpc.remote, "w0", puppets.Cell, (1,))
+    crew[0].order(leave_and_check, False)  # the others let go for it
+    crew[1].order(rpc.shutdown)
+    crew[2].order(fastref.shutdown)
+    for puppet in crew:
+        puppet.outcome()
+    crew[1].do(use_after_leaving, "a")

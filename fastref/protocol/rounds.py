@@ -14,11 +14,12 @@ __all__ = ["Rounds", "Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What one worker says in one round."""
+    """What one worker says in one round; ``checks``: it wants a look at what is held, when all is quiet."""
 
     number: int
     sent: int
     served: int
+    checks: bool = False
 
 
 class Rounds:
@@ -39,10 +40,10 @@ class Rounds:
         self._totals: list[tuple[int, int]] = []
         self._deaths = 0
 
-    def report(self, sent: int, served: int) -> Report:
+    def report(self, sent: int, served: int, checks: bool = False) -> Report:
         """This worker is idle: begin its next round. Only after ``is_over`` said that the last one is."""
         self.number += 1
-        report = Report(self.number, sent, served)
+        report = Report(self.number, sent, served, checks)
         self.heard(self.me, report)
         return report
 
@@ -62,6 +63,10 @@ class Rounds:
     def is_over(self) -> bool:
         """True when all that live have reported in the current round."""
         return not self.missing()
+
+    def checking(self) -> set[int]:
+        """Who wants to look at what is held, of those who have reported in the current round."""
+        return {rank for rank, report in self._reports.get(self.number, {}).items() if report.checks}
 
     def is_quiet(self) -> bool:
         """True when the job is quiet; call it once for each round that is over."""

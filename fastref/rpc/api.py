@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger("fastref")
 
-_ignore_rref_leak = True  # False, on all workers or on none: leaving complains of values that others still hold
+_ignore_rref_leak = True  # False: leaving complains of values that others still hold
 _default_pickler: Any = _internal_rpc_pickler
 _thread_local_var = threading.local()
 
@@ -320,12 +320,7 @@ def shutdown(graceful: bool = True, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT) -
         api.leave(graceful, timeout)
     else:
         deadline = time.monotonic() + timeout if timeout else math.inf
-        api.leave(
-            graceful,
-            timeout,
-            wait=lambda _: _wait_to_check(deadline),
-            settle=lambda: _check_for_leaks(deadline),
-        )
+        api.leave(graceful, timeout, lambda everybody: _check_for_leaks(deadline, everybody))
 
 
 def _left(deadline: float) -> float:
@@ -338,15 +333,9 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _wait_to_check(deadline: float) -> None:
-    _wait_all_workers(_left(deadline))
-    current_agent().join(timeout=_left(deadline))
-
-
-def _check_for_leaks(deadline: float) -> None:
-    """With all quiet: everybody lets go of everything, and nothing may be left."""
+def _check_for_leaks(deadline: float, everybody: bool) -> None:
+    """With all quiet: let go of everything, wait for the others to do so, and complain of what is left."""
+    if everybody:  # torch's steps, which programs put others in the place of
+        _wait_all_workers(_left(deadline))
     _delete_all_user_and_unforked_owner_rrefs()
-    try:
-        _destroy_rref_context(_ignore_rref_leak)
-    finally:
-        current_agent().join(timeout=_left(deadline))  # nobody leaves before all have looked
+    _destroy_rref_context(_ignore_rref_leak)

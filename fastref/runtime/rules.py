@@ -395,9 +395,9 @@ class RuleKeeper(Server):
     # ---- the end
 
     def _idle_reported(self, peer: Peer, call: int, value: Any) -> None:
-        sent, served = value
+        sent, served, checks = value
         with self._round_heard:
-            self._rounds.heard(peer.rank, Report(call, sent, served))
+            self._rounds.heard(peer.rank, Report(call, sent, served, checks))
             self._round_heard.notify_all()
 
 

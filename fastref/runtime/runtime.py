@@ -113,6 +113,7 @@ class Runtime(GroupKeeper):
         self._listener: Listener | None = None
         self._memory: OwnMemory | None = None
         self._is_open = False  # the group that it wants to join, or has joined
+        self._checks = False  # on the way out: this worker wants to look at what others hold
         self._failure: str | None = None  # why another worker gave up while this one waited for it to serve
         root = run_root()
         sweep(root)
@@ -381,8 +382,7 @@ class Runtime(GroupKeeper):
         self,
         graceful: bool = True,
         timeout_s: float = 0.0,
-        wait: Callable[[float], None] | None = None,
-        settle: Callable[[], None] = lambda: None,
+        check: Callable[[bool], None] | None = None,
     ) -> None:
         """Leave the job; idempotent, from any thread.
 
@@ -393,10 +393,9 @@ class Runtime(GroupKeeper):
             In a group of open size: wait until what this worker has begun, and what others have asked of it, is done.
         timeout_s : float
             Seconds for all of it; 0: as long as it takes.
-        wait : callable
-            Called with ``timeout_s`` instead of ``wait_for_all``, when graceful.
-        settle : callable
-            Called in between, when graceful. Neither is called in a group of open size.
+        check : callable
+            Called when all is quiet, when graceful, and not in a group of open size: looks at what others hold. Its
+            argument says whether all workers do that. Those who do not let go of what they hold of others first.
 
         Raises
         ------
@@ -410,10 +409,25 @@ class Runtime(GroupKeeper):
             if graceful and not self.is_static:
                 self.leave_group(time.monotonic() + timeout_s if timeout_s else math.inf)
             elif graceful:
-                (wait or self.wait_for_all)(timeout_s)
-                settle()
+                self._wait_and_check(timeout_s, check)
         finally:
             self._leave()
+
+    def _wait_and_check(self, timeout_s: float, check: Callable[[bool], None] | None) -> None:
+        deadline = time.monotonic() + timeout_s if timeout_s else math.inf
+        self._checks = check is not None
+        self.wait_for_all(timeout_s)
+        with self._round_heard:
+            checking, live = self._rounds.checking(), set(self._rounds.live)
+        if not checking:
+            return
+        try:
+            if check is None:
+                self.delete_user_references()
+            else:
+                check(checking >= live)
+        finally:  # nobody leaves before all have looked
+            self.wait_for_all(max(deadline - time.monotonic(), 1e-3) if timeout_s else 0.0)
 
     def wait_for_all(self, timeout_s: float = 0.0) -> None:
         """Wait until all workers have called this and no call is under way anywhere; dead workers are not waited for.
@@ -432,10 +446,11 @@ class Runtime(GroupKeeper):
         while True:
             self._wait_until_idle(deadline)
             with self._round_heard:
-                report = self._rounds.report(self.calls_sent, self.calls_served)
+                report = self._rounds.report(self.calls_sent, self.calls_served, self._checks)
                 others = sorted(self._rounds.live - {self.rank})
             for rank in others:
-                self.tell(self.peers[rank], Kind.IDLE_REPORT, [report.sent, report.served], call=report.number)
+                said = [report.sent, report.served, report.checks]
+                self.tell(self.peers[rank], Kind.IDLE_REPORT, said, call=report.number)
             failpoint("shutdown.round")
             with self._round_heard:
                 while not self._round_heard.wait_for(self._rounds.is_over, timeout=0.1):
