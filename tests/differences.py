@@ -10,10 +10,12 @@ import importlib
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -447,3 +449,29 @@ def leaving_twice_is_leaving_once(rank: int, meeting: str) -> None:
 def a_job_may_be_joined_for_the_time_of_a_with_statement(rank: int, meeting: str) -> None:
     with join(rank, meeting):
         assert rpc.rpc_sync("w1", divmod, (7, 2)) == (3, 1)
+
+
+@whole_difference
+def a_worker_that_leaves_a_group_lets_go_of_what_it_held(rank: int, meeting: str) -> None:
+    address, held = Path(f"{meeting}-address"), Path(f"{meeting}-held")
+    if rank == 0:
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+    else:
+        wait_until(address.exists)
+        port = int(address.read_text())
+    options = rpc.TensorPipeRpcBackendOptions(num_worker_threads=THREADS, init_method=f"tcp://localhost:{port}")
+    if rank == 1:
+        rpc.init_rpc("w1", rank=1, rpc_backend_options=options)
+        rref = rpc.remote("w0", Thing)
+        assert rref.rpc_sync().answer() == 42
+        held.touch()
+        rpc.shutdown()
+        return
+    unfinished = address.with_suffix(".new")
+    unfinished.write_text(str(port))
+    rpc.init_rpc("w0", rank=0, rpc_backend_options=options)
+    unfinished.rename(address)
+    wait_until(held.exists)
+    wait_until(lambda: owned() == 0)
+    rpc.shutdown()
