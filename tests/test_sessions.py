@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch.distributed
 
 import fastref.rpc as rpc
 from fastref.errors import CallTimeout, NotInitialized, PeerError, RendezvousError, UsageError
+from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import Job, names
 
@@ -477,3 +480,24 @@ def fill_the_table() -> None:
     assert [rref.rpc_sync().get() for rref in held] == [0] * len(held)
     held.clear()
     assert rpc.remote("w1", work.Counter).rpc_sync().get() == 0
+
+
+@pytest.mark.parametrize("world_size", [2, None])
+def test_the_memory_of_a_job_goes_when_it_is_left(
+    world_size: int | None, spawn_workers: Callable[..., Any], tmp_path: Path
+) -> None:
+    meeting = f"file://{tmp_path}/meeting"
+    spawn_workers(leave_and_look, [(rank, world_size, meeting) for rank in range(2)]).join()
+
+
+def leave_and_look(rank: int, world_size: int | None, meeting: str) -> None:
+    gc.disable()  # a cycle would keep segments of the own job and of others until the next collection
+    for number in range(2):
+        options = rpc.RpcBackendOptions(init_method=f"{meeting}-{number}")
+        rpc.init_rpc(f"w{rank}", rank=rank, world_size=world_size, rpc_backend_options=options)
+        left = weakref.ref(current_wiring())
+        rref = rpc.remote(f"w{rank}", work.Counter)
+        assert rref.rpc_sync().get() == 0
+        del rref
+        rpc.shutdown()
+        assert left() is None, gc.get_referrers(left())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import Any
 
 from torch.autograd.profiler_util import FunctionEvent
@@ -26,7 +27,7 @@ class ProcessProfile:
     """
 
     def __init__(self, runtime: Any) -> None:
-        self._runtime = runtime
+        self._runtime = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
         self._start_ns = 0
         self._served: list[Served] = []
 

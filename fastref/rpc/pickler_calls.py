@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ class PicklerCalls:
     """
 
     def __init__(self, runtime: Any, pickler: Callable[[], Any]) -> None:
-        self._runtime = runtime
+        self._runtime = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
         self._pickler = pickler
 
     def rpc(self, how: int, to: Any, func: Any, args: tuple, kwargs: dict | None, timeout: float) -> Any:
