@@ -35,7 +35,7 @@ class CallProfiler:
     """Makes the calls of threads in which a torch profiler is on."""
 
     def __init__(self, runtime: Any) -> None:
-        self._runtime = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
+        self._runtime: Any = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
         self._numbers = itertools.count()
 
     def rpc(self, how: int, to: Any, func: Any, args: tuple, kwargs: dict | None, timeout: float) -> Any:

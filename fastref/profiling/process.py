@@ -27,7 +27,7 @@ class ProcessProfile:
     """
 
     def __init__(self, runtime: Any) -> None:
-        self._runtime = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
+        self._runtime: Any = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
         self._start_ns = 0
         self._served: list[Served] = []
 

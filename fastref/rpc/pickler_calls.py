@@ -28,7 +28,7 @@ class PicklerCalls:
     """
 
     def __init__(self, runtime: Any, pickler: Callable[[], Any]) -> None:
-        self._runtime = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
+        self._runtime: Any = weakref.proxy(runtime)  # which refers to this: its memory goes with its last user
         self._pickler = pickler
 
     def rpc(self, how: int, to: Any, func: Any, args: tuple, kwargs: dict | None, timeout: float) -> Any:
