@@ -482,12 +482,12 @@ def fill_the_table() -> None:
     assert rpc.remote("w1", work.Counter).rpc_sync().get() == 0
 
 
-@pytest.mark.parametrize("world_size", [2, None])
+@pytest.mark.parametrize("world_size", [1, None])
 def test_the_memory_of_a_job_goes_when_it_is_left(
     world_size: int | None, spawn_workers: Callable[..., Any], tmp_path: Path
 ) -> None:
     meeting = f"file://{tmp_path}/meeting"
-    spawn_workers(leave_and_look, [(rank, world_size, meeting) for rank in range(2)]).join()
+    spawn_workers(leave_and_look, [(0, world_size, meeting)]).join()
 
 
 def leave_and_look(rank: int, world_size: int | None, meeting: str) -> None:
@@ -500,4 +500,7 @@ def leave_and_look(rank: int, world_size: int | None, meeting: str) -> None:
         assert rref.rpc_sync().get() == 0
         del rref
         rpc.shutdown()
-        assert left() is None, gc.get_referrers(left())
+        deadline = time.monotonic() + 30
+        while left() is not None:  # a thread of it may have a last step to go
+            assert time.monotonic() < deadline, gc.get_referrers(left())
+            time.sleep(0.001)
