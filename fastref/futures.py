@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["Future"]
+__all__ = ["Future", "future_from"]
 
 T = TypeVar("T")
 
@@ -61,6 +61,38 @@ class Future(torch.futures.Future[T]):
             self.add_done_callback(tell)
             yield from arrived
         return self.value()
+
+
+def future_from(
+    source: torch.futures.Future, what: Callable[[Any], T], first: Callable[[], None] | None = None
+) -> Future[T]:
+    """Return a future of what is made of the result of another; who fails, fails it.
+
+    Parameters
+    ----------
+    source : Future
+    what : callable
+        Given the result, returns that of the new future.
+    first : callable, optional
+        Called when the outcome is known, before anybody hears of it.
+    """
+    future: Future[T] = Future()
+    future._pending = getattr(source, "_pending", None)  # what ``then`` returns has none
+
+    def settle(done: Any) -> None:
+        try:
+            result = what(done.value())
+        except BaseException as error:
+            if first is not None:
+                first()
+            future.set_exception(error.with_traceback(None))  # its frames hold this future: never freed else
+        else:
+            if first is not None:
+                first()
+            future.set_result(result)
+
+    source.add_done_callback(settle)
+    return future
 
 
 def _raise_fresh(stored: BaseException) -> None:

@@ -9,18 +9,16 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
 
-from fastref.futures import Future
+from fastref.futures import Future, future_from
 from fastref.profiling import traces
 from fastref.profiling.recording import Call, Served, begin, record, serving
 from fastref.rref import HOW_ASYNC, HOW_REMOTE, HOW_SYNC, current_wiring
-from fastref.runtime.execute import is_marked, require_future
 from fastref.runtime.references import use_profiler_flag
 
 __all__ = ["CallProfiler", "attach"]
@@ -58,7 +56,7 @@ class CallProfiler:
     def asked_for_type(self, rref: Any, future: Future) -> Future:
         """Show a question for the type of a value, which is under way, as the call that it is in torch."""
         span = _begin(self._key(HOW_ASYNC, "_rref_typeof_on_owner", rref.owner()), True)
-        return _when_done(future, span, lambda value: value)
+        return future_from(future, lambda value: value, span.end)
 
     def _key(self, how: int, name: str, to: Any) -> str:
         return f"rpc_{_MODES[how]}#{name}({self._runtime.info.name} -> {to.name})"
@@ -73,11 +71,11 @@ class CallProfiler:
                 return result
             if how == HOW_ASYNC:
                 future = call(HOW_ASYNC, to, _serve, work, None, timeout)
-                return self._collected(_when_done(future, span, functools.partial(_unpack, span.call)))
+                return self._collected(future_from(future, functools.partial(_unpack, span.call), span.end))
             number = (self._runtime.rank, next(self._numbers))
             rref = call(HOW_REMOTE, to, _serve_remote, (number, *work), None, timeout)
             future = call(HOW_ASYNC, to, _claim, (number,), None, 0.0)
-            rref._set_profiling_future(_when_done(future, span, functools.partial(_keep, span.call)))
+            rref._set_profiling_future(future_from(future, functools.partial(_keep, span.call), span.end))
             return rref
         except BaseException:
             span.end()
@@ -141,25 +139,6 @@ class _Span:
 _begin = _Span
 
 
-def _when_done(future: Any, span: _Span, value_of: Callable[[Any], Any]) -> Future:
-    """Return a future that is done once ``future`` is and the range has its end."""
-    result: Future = Future()
-    result._pending = future._pending
-
-    def settle(done: Any) -> None:
-        try:
-            value = value_of(done.value())
-        except BaseException as error:
-            span.end()
-            result.set_exception(error.with_traceback(None))  # its frames hold this future: never freed else
-        else:
-            span.end()
-            result.set_result(value)
-
-    future.add_done_callback(settle)
-    return result
-
-
 def _unpack(call: Call, answer: tuple[Any, Served]) -> Any:
     result, call.served = answer
     return result
@@ -184,16 +163,7 @@ def _name_of(func: Any) -> str:
 def _serve(*work: Any) -> Future:
     """Run a function for a caller who profiles; the answer is (result, record)."""
     served, outcome = _recorded(*work)
-    answer: Future = Future()
-
-    def settle(done: Any) -> None:
-        try:
-            answer.set_result((done.value(), served))
-        except BaseException as error:
-            answer.set_exception(error.with_traceback(None))
-
-    outcome.add_done_callback(settle)
-    return answer
+    return future_from(outcome, lambda result: (result, served))
 
 
 _unclaimed: OrderedDict[tuple[int, int], Future] = OrderedDict()
@@ -243,16 +213,10 @@ def _recorded(name: str, is_method: bool, what: Any, args: tuple, kwargs: dict |
     runtime = current_wiring()
     served = begin(name, runtime.info)
 
-    def run() -> tuple[bool, Any]:
+    def run() -> Future:
         func = getattr(what.local_value(), name) if is_method else what
-        return is_marked(func), runtime.call_function(func, args, kwargs)
+        future: Future = runtime.future_of(func, args, kwargs)
+        return future
 
     traces.install()
-    answers_later, outcome = record(served, run)
-    if answers_later:
-        require_future(outcome)
-        return served, outcome
-    served.end_ns = time.time_ns()
-    done: Future = Future()
-    done.set_result(outcome)
-    return served, done
+    return served, record(served, run)

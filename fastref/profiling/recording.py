@@ -95,7 +95,10 @@ def record(served: Served, run: Callable[[], T]) -> T:
     if outer is not None:
         _stop(outer)
     elif _autograd._profiler_enabled():
-        return run()
+        try:
+            return run()
+        finally:
+            served.end_ns = time.time_ns()
     _start(served)
     try:
         return run()

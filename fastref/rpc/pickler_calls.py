@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from fastref.futures import Future
+from fastref.futures import Future, future_from
 from fastref.rpc.functions import async_execution
 from fastref.rpc.internal import PythonUDF, _internal_rpc_pickler
 from fastref.rref import HOW_REMOTE, HOW_SYNC, RRef, current_wiring
-from fastref.runtime.execute import is_marked, require_future
 
 __all__ = ["PicklerCalls"]
 
@@ -38,7 +37,11 @@ class PicklerCalls:
         if how == HOW_REMOTE:
             return self._runtime.rpc_unprofiled(HOW_REMOTE, to, _make, pickled, None, timeout)
         answer = self._runtime.rpc_unprofiled(how, to, _run, pickled, None, timeout)
-        return pickler.deserialize(*answer) if how == HOW_SYNC else _then(answer, lambda it: pickler.deserialize(*it))
+        return (
+            pickler.deserialize(*answer)
+            if how == HOW_SYNC
+            else future_from(answer, lambda it: pickler.deserialize(*it))
+        )
 
     def invoke(self, how: int, rref: RRef, method: str, args: tuple, kwargs: dict | None, timeout: float) -> Any:
         """As the runtime's ``invoke``: a method of a value."""
@@ -59,21 +62,6 @@ class PicklerCalls:
         return self._pickler().deserialize(data, tensors)
 
 
-def _then(future: Any, what: Callable[[Any], Any]) -> Future:
-    """Return a future of what is made of the result of another."""
-    result: Future = Future()
-    result._pending = getattr(future, "_pending", None)
-
-    def settle(done: Any) -> None:
-        try:
-            result.set_result(what(done.value()))
-        except BaseException as error:
-            result.set_exception(error.with_traceback(None))  # its frames hold this future
-
-    future.add_done_callback(settle)
-    return result
-
-
 # ---- at the callee
 
 
@@ -88,18 +76,13 @@ def _outcome(data: bytes, tensors: list) -> Future:
     if func is _call_method:
         rref, method, args, kwargs = args
         func = getattr(rref.local_value(), method)
-    result = current_wiring().call_function(func, args, kwargs)
-    if is_marked(func):
-        require_future(result)
-        return _then(result, lambda value: value)
-    done: Future = Future()
-    done.set_result(result)
-    return done
+    future: Future = current_wiring().future_of(func, args, kwargs)
+    return future
 
 
 @async_execution
 def _run(data: bytes, tensors: list) -> Future:
-    return _then(_outcome(data, tensors), _here().serialize)
+    return future_from(_outcome(data, tensors), _here().serialize)
 
 
 @async_execution

@@ -27,8 +27,9 @@ from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD
 from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
 from fastref.errors import PeerError, ProtocolError, RemoteError, ResourceError
+from fastref.futures import Future
 
-__all__ = ["Executor", "Job", "is_marked", "require_future"]
+__all__ = ["Executor", "Job"]
 
 fr_failpoints_here = failpoints()
 
@@ -138,7 +139,7 @@ cdef class Executor(ReferenceCaller):
 
     cdef int _answer_when_done(self, Job job, object future) except -1:
         """A function marked by ``async_execution`` has returned: its answer is the result of a future. No thread waits."""
-        require_future(future)
+        _require_future(future)
         job.parked = True  # it is not served yet
         self.futures_awaited += 1
         try:
@@ -213,6 +214,16 @@ cdef class Executor(ReferenceCaller):
         if kwargs is None:
             return func(*args)
         return func(*args, **kwargs)
+
+    def future_of(self, func, args, kwargs):
+        """Call a function that a peer named; return a future of its result, its own if ``async_execution`` marked it."""
+        result = self.call_function(func, args, kwargs)
+        if _is_marked(func):
+            _require_future(result)
+            return result
+        future = Future()
+        future.set_result(result)
+        return future
 
     cdef bint _parks(self, OwnedValue owned, Job job) except -1:
         """Leave a job with a value that is not there yet. No thread waits for it."""
@@ -376,17 +387,13 @@ cdef class Executor(ReferenceCaller):
         return 0
 
 
-def require_future(value) -> None:
+cdef int _require_future(object value) except -1:
     """Raise when a function marked by ``async_execution`` has returned something else than a future."""
     if not isinstance(value, torch._C.Future):  # what ``then`` returns is one, and no torch.futures.Future
         kind = type(value)
         raise TypeError("Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
                         f"{kind.__module__}.{kind.__qualname__}")
-
-
-def is_marked(func) -> bool:
-    """Return whether ``async_execution`` marked a function."""
-    return _is_marked(func)
+    return 0
 
 
 cdef bint _is_marked(object func) except -1:
