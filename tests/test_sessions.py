@@ -482,12 +482,12 @@ def fill_the_table() -> None:
     assert rpc.remote("w1", work.Counter).rpc_sync().get() == 0
 
 
-@pytest.mark.parametrize("world_size", [1, None])
+@pytest.mark.parametrize("world_size", [2, None])
 def test_the_memory_of_a_job_goes_when_it_is_left(
     world_size: int | None, spawn_workers: Callable[..., Any], tmp_path: Path
 ) -> None:
     meeting = f"file://{tmp_path}/meeting"
-    spawn_workers(leave_and_look, [(0, world_size, meeting)]).join()
+    spawn_workers(leave_and_look, [(rank, world_size, meeting) for rank in range(2)]).join()
 
 
 def leave_and_look(rank: int, world_size: int | None, meeting: str) -> None:

@@ -32,6 +32,7 @@ from fastref.rendezvous import (
     Link,
     Listener,
     Membership,
+    Segments,
     WorkerRecord,
     ask_members,
     check_no_group,
@@ -166,26 +167,14 @@ class Runtime(GroupKeeper):
         directory = job_directory(run_root(), group_name(options.init_method, store))
         self._listener = Listener(directory, self._lock.instance, MEMBER_SUFFIX)
         failpoint("rendezvous.listening")
-        self._memory = memory = OwnMemory(self._lock, options)
+        self._memory = OwnMemory(self._lock, options)
         record = dataclasses.replace(self._describe(name), rank=rank, world_size=0)
         check_no_job(self._listener, has_left_one=count > 0)
         with take_turn(self._listener, deadline):
             members, used = ask_members(record, self._listener, deadline)
             self.record = record = dataclasses.replace(record, incarnation=used.get(rank, 0))
             self._build(record)
-            rings: dict[int, int] = {}
-
-            def segments_for(peer: WorkerRecord) -> dict[str, tuple[int, int]]:
-                rings[peer.rank], ring = memory.create_ring(peer.rank)
-                self.inbox.add_ring(peer.rank, ring, RING_SIZE)
-                return memory.for_peer(rings[peer.rank])
-
-            try:
-                self._links = link_members(record, members, segments_for, deadline)
-            finally:
-                for fd in rings.values():
-                    os.close(fd)
-            failpoint("rendezvous.linked")
+            self._link(lambda segments_for: link_members(record, members, segments_for, deadline))
             self.begin_group(used)
             linked = self._begin_to_serve()
             self.enter_group()
@@ -257,22 +246,30 @@ class Runtime(GroupKeeper):
 
     def _link_up(self, deadline: float) -> None:
         """Link to every other worker, start serving, and wait until all of them serve."""
-        assert self._membership is not None and self._memory is not None and self._listener is not None
-        memory, members = self._memory, self._membership.members
+        assert self._membership is not None and self._listener is not None
+        listener, membership = self._listener, self._membership
+        self._link(
+            lambda segments_for: link_all(membership.record, membership.members, listener, segments_for, deadline)
+        )
+        self._wait_for_greetings(self._begin_to_serve(), deadline)
+
+    def _link(self, make: Callable[[Callable[[WorkerRecord], Segments]], dict[int, Link]]) -> None:
+        """Have ``make`` make the links; it is given what makes the segments for one peer, its ring among them."""
+        assert self._memory is not None
+        memory = self._memory
         rings: dict[int, int] = {}
 
-        def segments_for(peer: WorkerRecord) -> dict[str, tuple[int, int]]:
+        def segments_for(peer: WorkerRecord) -> Segments:
             rings[peer.rank], ring = memory.create_ring(peer.rank)
             self.inbox.add_ring(peer.rank, ring, RING_SIZE)
             return memory.for_peer(rings[peer.rank])
 
         try:
-            self._links = link_all(self._membership.record, members, self._listener, segments_for, deadline)
+            self._links = make(segments_for)
         finally:
             for fd in rings.values():
                 os.close(fd)
         failpoint("rendezvous.linked")
-        self._wait_for_greetings(self._begin_to_serve(), deadline)
 
     def _begin_to_serve(self) -> list[Peer]:
         """Meet all who are linked, serve them, and greet them; returns them."""
@@ -523,6 +520,7 @@ class Runtime(GroupKeeper):
         # What this runtime mapped should go with its last handle, not when the garbage collector comes round.
         self._monitor = None
         self._links, self._acts = {}, {}
+        self.errands.clear()  # what came after the last thread: steps of this runtime, which refer to it
 
     def abandon(self) -> None:
         """The interpreter ends without ``shutdown``: stop the threads and go; peers see a worker that died."""
