@@ -28,6 +28,7 @@ cdef extern from "fr_failpoint.h" nogil:
 
 cdef extern from "fr_table.h" nogil:
     uint64_t FR_BIT_OWNER, FR_BIT_ABROAD, FR_BIT_CLOSED
+    uint32_t FR_NO_ENTRY
     enum:
         FR_TABLE_PEERS, FR_HOLD_OFFSET, FR_INLINE_VALUE
         FR_VALUE_PENDING, FR_VALUE_READY, FR_VALUE_FAILED
@@ -36,11 +37,18 @@ cdef extern from "fr_table.h" nogil:
     struct fr_descriptor:
         uint32_t generation
         uint32_t state
-        uint32_t form
-        uint32_t size
-        uint64_t offset
         int64_t settled_ns
-        char* data
+        uint32_t form
+    struct fr_block_place "":
+        uint64_t offset
+        uint32_t index
+        uint32_t generation
+    struct fr_published:
+        uint32_t form
+        uint32_t flags
+        uint64_t size
+        uint64_t* words
+        fr_block_place block
     struct fr_regions:
         uint64_t* hint
         uint64_t* hold
@@ -56,6 +64,8 @@ cdef extern from "fr_table.h" nogil:
         pthread_mutex_t lock
         fr_held* held
         uint64_t entries_held
+    bint fr_descriptor_read(fr_descriptor*, fr_published*)
+    void fr_descriptor_write(fr_descriptor*, const fr_published*)
     int fr_holder_acquire(fr_holder*, uint32_t, uint32_t)
     int fr_holder_acquire_unpinned(fr_holder*, uint32_t, uint32_t)
     void fr_holder_adopt(fr_holder*, uint32_t, uint32_t)
@@ -144,6 +154,7 @@ cdef class Holder:
 
     cdef int take(self, uint32_t index, uint32_t generation) noexcept nogil
     cdef int drop(self, uint32_t index) noexcept
+    cdef int take_unpinned(self, uint32_t index, uint32_t generation) noexcept nogil
     cdef bint has(self, uint32_t index) noexcept nogil
     cdef uint32_t _checked(self, index) except? 0xFFFFFFFF
     cdef bint _taken(self, int result, index, generation) except -1
@@ -162,6 +173,7 @@ cdef class ReferenceTable:
 
     cdef int64_t open_entry(self, uint64_t bit) noexcept nogil
     cdef bint needs_sweep(self) noexcept nogil
+    cdef void publish(self, uint32_t index, fr_published* now) noexcept nogil
     cdef void _push_free(self, uint32_t index) noexcept nogil
     cdef bint _close(self, uint32_t index) noexcept nogil
 

@@ -325,6 +325,11 @@ cdef class Holder:
             return FR_LOST
         return fr_holder_acquire(&self.h, index, generation)
 
+    cdef int take_unpinned(self, uint32_t index, uint32_t generation) noexcept nogil:
+        if index >= self.h.at.capacity:
+            return FR_LOST
+        return fr_holder_acquire_unpinned(&self.h, index, generation)
+
     cdef int drop(self, uint32_t index) noexcept:
         """Let one count go; without a bit, note when it was the last: the owner has to be told."""
         cdef uint32_t generation
@@ -358,7 +363,7 @@ cdef class Holder:
         ReferenceLost
             When the entry was closed or reused; the word is left as it was found.
         """
-        return self._taken(fr_holder_acquire_unpinned(&self.h, self._checked(index), generation), index, generation)
+        return self._taken(self.take_unpinned(self._checked(index), generation), index, generation)
 
     def adopt(self, index: int, generation: int) -> None:
         """Note a first handle on an entry that the owner opened with this process's bit set."""
@@ -391,6 +396,28 @@ cdef class Holder:
         if state > FR_VALUE_FAILED:
             raise ProtocolError(f"descriptor {index} is in state {state}, which is none")
         return _STATES[state]
+
+    def published(self, index: int) -> tuple | None:
+        """What the owner has published of an entry, for tests and tools.
+
+        Returns
+        -------
+        tuple or None
+            (form, flags, size in bytes, the data or (offset, entry, generation) of the block); None while holders ask.
+
+        Raises
+        ------
+        ProtocolError
+            When the owner stands still in the middle of a change.
+        """
+        cdef fr_published seen
+        if not fr_descriptor_read(&self.h.at.descriptors[self._checked(index)], &seen):
+            raise ProtocolError(f"descriptor {index} is being changed, and stays so")
+        if seen.form == FR_FORM_INLINE:
+            return "inline", seen.flags, seen.size, PyBytes_FromStringAndSize(<char*>seen.words, min(seen.size, FR_INLINE_VALUE))
+        if seen.form == FR_FORM_BLOCK:
+            return "block", seen.flags, seen.size, (seen.block.offset, seen.block.index, seen.block.generation)
+        return None
 
     def pending(self) -> int:
         """Count the entries held here whose value is not there yet."""
@@ -641,25 +668,49 @@ cdef class ReferenceTable:
                     fr_flag_dirty(&self.at, index)
         return held
 
-    def publish_inline(self, index: int, data: bytes) -> bool:
-        """Let every holder read an encoded immutable value from the descriptor; False when it is too long."""
-        cdef fr_descriptor* descriptor = &self.at.descriptors[self.holder._checked(index)]
-        cdef const char* start = data
+    cdef void publish(self, uint32_t index, fr_published* now) noexcept nogil:
+        """Let every holder read an encoded value, instead of what was published before; one caller at a time."""
+        fr_descriptor_write(&self.at.descriptors[index], now)
+        fr_store32_release(&self.at.descriptors[index].state, FR_VALUE_READY)  # SYNC: the value before READY
+
+    def publish_inline(self, index: int, data: bytes, flags: int = 0) -> bool:
+        """Let every holder read an encoded value from the descriptor; False when it is too long."""
+        cdef fr_published now
+        cdef uint32_t entry = self.holder._checked(index)
         if len(data) > FR_INLINE_VALUE:
             return False
-        memcpy(<void*>descriptor.data, start, len(data))
-        fr_store32_relaxed(&descriptor.size, len(data))
-        fr_store32_relaxed(&descriptor.form, FR_FORM_INLINE)
-        fr_store32_release(&descriptor.state, FR_VALUE_READY)  # SYNC: the value before READY
+        now.form, now.flags, now.size = FR_FORM_INLINE, flags, len(data)
+        memcpy(now.words, <const char*>data, len(data))
+        self.publish(entry, &now)
         return True
 
-    def publish_block(self, index: int, offset: int, size_bytes: int) -> None:
-        """Let every holder read an encoded immutable value from a block of the owner's arena."""
-        cdef fr_descriptor* descriptor = &self.at.descriptors[self.holder._checked(index)]
-        fr_store_relaxed(&descriptor.offset, offset)
-        fr_store32_relaxed(&descriptor.size, size_bytes)
-        fr_store32_relaxed(&descriptor.form, FR_FORM_BLOCK)
-        fr_store32_release(&descriptor.state, FR_VALUE_READY)  # SYNC: the value before READY
+    def publish_block(self, index: int, offset: int, size_bytes: int, entry: int = FR_NO_ENTRY, generation: int = 0,
+                      flags: int = 0) -> None:
+        """Let every holder read an encoded value from a block of the owner's arena.
+
+        Parameters
+        ----------
+        index : int
+            The value's entry.
+        offset, size_bytes : int
+            Where it lies.
+        entry, generation : int
+            What readers hold meanwhile: the entry of the block, which may end before the value's. None by default: the
+            block lasts as long as the value's entry.
+        flags : int
+            How it is encoded.
+        """
+        cdef fr_published now
+        now.form, now.flags, now.size = FR_FORM_BLOCK, flags, size_bytes
+        now.block.offset, now.block.index, now.block.generation = offset, entry, generation
+        self.publish(self.holder._checked(index), &now)
+
+    def withdraw(self, index: int) -> None:
+        """Have holders ask the owner again. Who has begun to read what was published may end."""
+        cdef fr_published now
+        memset(&now, 0, sizeof(fr_published))
+        now.form = FR_FORM_ASK
+        fr_descriptor_write(&self.at.descriptors[self.holder._checked(index)], &now)
 
     def set_state(self, index: int, state: str) -> None:
         """Tell holders that the value is "ready" or "failed"; they ask the owner for it."""

@@ -17,6 +17,13 @@ cdef class OwnedValue:
     cdef readonly object error
     cdef list waiters
     cdef uint64_t name              # of the reference it was made for: created_on << 48 | local_id
+    cdef uint32_t index             # of the entry under which it is published
+    cdef int64_t block              # where in the arena the published copy lies; -1: nowhere
+    cdef bint published             # holders read a copy that can be withdrawn
+    cdef bint lasting               # nobody can ever change it
+    cdef bint publishing            # a copy is being made
+    cdef bint exposed               # code of the program may have reached it: it is not published by itself any more
+    cdef bint frozen                # published by the program: holders see that version, whatever becomes of the value
 
     cdef void settle(self, uint32_t state)
 
@@ -31,6 +38,7 @@ cdef class Wiring:
     cdef object fetch(self, RRef rref, double timeout_s)
     cdef object local(self, RRef rref, double timeout_s)
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)
+    cdef int freeze(self, RRef rref, bint publish) except -1
     cdef object worker(self, uint16_t rank)
     cdef bint confirmed(self, RRef rref) except -1
     cdef object confirmation(self, RRef rref)
@@ -57,6 +65,7 @@ cdef class RRef:
 
     cdef object creation_error(self)
     cdef int _usable(self, what) except -1
+    cdef int _freeze(self, bint publish) except -1
     cdef str _describe(self)
 
 

@@ -58,6 +58,9 @@ def set_current_wiring(wiring) -> None:
 cdef class OwnedValue:
     """A value on its owner: pending, then ready with a value or failed with an exception."""
 
+    def __cinit__(self):
+        self.block = -1
+
     @property
     def rref_id(self) -> GloballyUniqueId:
         """Name of the reference that it was made for."""
@@ -87,6 +90,9 @@ cdef class Wiring:
         raise NotImplementedError
 
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how):
+        raise NotImplementedError
+
+    cdef int freeze(self, RRef rref, bint publish) except -1:
         raise NotImplementedError
 
     cdef object worker(self, uint16_t rank):
@@ -221,6 +227,41 @@ cdef class RRef:
             raise UsageError(f"For {self._describe()}, can't call localValue() on user "
                              f"{self.wiring.worker(self.wiring.rank)}. Call it on owner {self.owner()}")
         return self.wiring.local(self, timeout)
+
+    def publish(self) -> None:
+        """Freeze the present version of the value: from now on users fetch that one, without this worker.
+
+        Later changes do not show until ``publish`` is called again; then users get the new version. Each gets one
+        version, whole. It is for owners whose values change, parameters for example. Results that nobody on the owner
+        can change are published without it. Make no changes on other threads while it copies.
+
+        Raises
+        ------
+        UsageError
+            On a worker that does not own the value; for a value with references in it.
+        ResourceError
+            There is no memory for the copy; what was published before stays.
+        RemoteError, CallTimeout
+            As ``local_value``.
+        """
+        self._freeze(True)
+
+    def unpublish(self) -> None:
+        """Have users ask this worker for the value again, and get it as it is then.
+
+        Raises
+        ------
+        UsageError
+            On a worker that does not own the value.
+        """
+        self._freeze(False)
+
+    cdef int _freeze(self, bint publish) except -1:
+        self._usable("publish()")
+        if self.owned is None:
+            raise UsageError(f"{self._describe()} cannot be published by user {self.wiring.worker(self.wiring.rank)}, only "
+                             f"by its owner {self.owner()}")
+        return self.wiring.freeze(self, publish)
 
     def rpc_sync(self, timeout: float = -1.0):
         """Return a proxy: its methods run where the value lives, and return the result."""

@@ -358,9 +358,9 @@ def test_the_regions_stay_as_long_as_anybody_uses_them(memory):
 
 def test_a_short_value_is_published_in_the_descriptor(table, alice):
     index, _ = table.open()
-    assert table.publish_inline(index, b"x" * 96)
+    assert table.publish_inline(index, b"x" * 88)
     assert alice.state(index) == "ready"
-    assert not table.publish_inline(index, b"x" * 97)
+    assert not table.publish_inline(index, b"x" * 89)
 
 
 def test_a_value_can_be_ready_or_failed_and_still_asked_for(table, alice):

@@ -6,7 +6,7 @@
  * filled, and then the bit is cleared: in this order.
  *
  * A lease ends wherever its last user lets go: on any thread, with or without the interpreter lock. Nothing here calls
- * Python. Two leases of one place never overlap in one process: a block is sent once.
+ * Python. Two leases of one place never overlap in one process: whoever reads a block that is leased already copies it.
  *
  * A page that is written costs a fault and a copy, 20 times what copying it ahead would have cost; a page that is only
  * read costs next to nothing. So the end of a lease tells whether those who get such blocks write, and blocks for the
@@ -55,6 +55,7 @@ struct fr_leases {                /* all leases of one peer's memory */
     struct {
         uint8_t copies, next;     /* blocks yet to be copied before the next probe; how many after it, if it is written */
     } site[FR_SITES];
+    uint8_t *leased;              /* per entry of the owner's table: its block is leased; set under the lock */
     int closed;                   /* no lease is made any more */
     void *keeper;                 /* who has to outlive the leases: kept from the first on, */
     void (*emptied)(void *keeper); /* until the last has ended; any thread, with or without the interpreter lock */
@@ -210,8 +211,9 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
     }
     FR_FAILPOINT("lease.taken");
     pthread_mutex_lock(&of->lock);
-    closed = of->closed;
+    closed = of->closed || __atomic_load_n(&of->leased[index], __ATOMIC_ACQUIRE); /* SYNC: with its end */
     if (!closed) {
+        of->leased[index] = 1;
         lease->next = of->living;
         lease->link = &of->living;
         if (lease->next)
@@ -221,7 +223,7 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
         *first = of->live == 1;
     }
     pthread_mutex_unlock(&of->lock);
-    if (closed) { /* meanwhile */
+    if (closed) { /* meanwhile, or the block is leased already */
         fr_holder_release(of->holder, index);
         free(lease);
         *why = 0;
@@ -256,8 +258,10 @@ static inline void fr_lease_drop(struct fr_lease *lease)
     pthread_mutex_unlock(&of->lock);
     written = fr_pages_drop_written(lease->start, lease->size);
     FR_FAILPOINT("lease.cleaned");
-    if (written >= 0)
+    if (written >= 0) {
+        __atomic_store_n(&of->leased[lease->index], 0, __ATOMIC_RELEASE); /* SYNC: the pages before the next lease */
         fr_holder_release(of->holder, lease->index);
+    }
     pthread_mutex_lock(&of->lock);
     if (written < 0) {
         of->stuck++;
@@ -336,10 +340,14 @@ static inline void fr_leases_watch_forks(void)
     pthread_atfork(fr_leases_before_fork, fr_leases_after_fork, fr_leases_in_child);
 }
 
-static inline void fr_leases_begin(struct fr_leases *of, struct fr_holder *holder, char *base, size_t size,
-                                   void (*emptied)(void *keeper), void *keeper)
+/* Returns 0 when there is no memory. */
+static inline int fr_leases_begin(struct fr_leases *of, struct fr_holder *holder, char *base, size_t size,
+                                  void (*emptied)(void *keeper), void *keeper)
 {
     memset(of, 0, sizeof *of);
+    of->leased = calloc(holder->at.capacity, 1);
+    if (!of->leased)
+        return 0;
     pthread_mutex_init(&of->lock, NULL);
     of->holder = holder;
     of->base = base;
@@ -353,6 +361,7 @@ static inline void fr_leases_begin(struct fr_leases *of, struct fr_holder *holde
         of->next->link = &of->next;
     fr_all_leases = of;
     pthread_mutex_unlock(&fr_leases_lock);
+    return 1;
 }
 
 /* No lease lives any more. */
@@ -364,6 +373,7 @@ static inline void fr_leases_end(struct fr_leases *of)
         of->next->link = of->link;
     pthread_mutex_unlock(&fr_leases_lock);
     pthread_mutex_destroy(&of->lock);
+    free(of->leased);
 }
 
 #endif

@@ -20,7 +20,8 @@
 #define FR_BIT_CLOSED ((uint64_t)1 << 63)
 
 #define FR_HOLD_OFFSET 64u                      /* the hint lies in the first line of the region */
-#define FR_INLINE_VALUE 96u
+#define FR_INLINE_VALUE 88u
+#define FR_NO_ENTRY 0xFFFFFFFFu
 
 enum { FR_VALUE_PENDING = 0, FR_VALUE_READY = 1, FR_VALUE_FAILED = 2 };
 enum { FR_FORM_ASK = 0, FR_FORM_INLINE = 1, FR_FORM_BLOCK = 2 }; /* ask the owner | bytes here | block in its arena */
@@ -28,11 +29,19 @@ enum { FR_FORM_ASK = 0, FR_FORM_INLINE = 1, FR_FORM_BLOCK = 2 }; /* ask the owne
 struct fr_descriptor {       /* 128 bytes; the owner writes */
     uint32_t generation;
     uint32_t state;          /* FR_VALUE_*, stored last (release) */
-    uint32_t form;           /* FR_FORM_* */
-    uint32_t size;           /* bytes of the encoded value */
-    uint64_t offset;         /* FR_FORM_BLOCK: where in the arena */
     int64_t settled_ns;      /* CLOCK_MONOTONIC, when the value came or failed; before the state */
-    char data[FR_INLINE_VALUE];
+    uint32_t version;        /* odd while the owner changes what follows, see fr_descriptor_read */
+    uint32_t form;           /* FR_FORM_* */
+    uint32_t flags;          /* how the value is encoded */
+    uint32_t unused;
+    uint64_t size;           /* bytes of the encoded value */
+    union {
+        uint64_t words[FR_INLINE_VALUE / 8]; /* FR_FORM_INLINE */
+        struct {
+            uint64_t offset; /* FR_FORM_BLOCK: where in the arena, */
+            uint32_t index, generation; /* and whose entry has to be held meanwhile; FR_NO_ENTRY: the value's own */
+        } block;
+    };
 };
 
 struct fr_regions {          /* private: where this process mapped one owner's table */
@@ -150,6 +159,70 @@ static inline int fr_holder_release(struct fr_holder *h, uint32_t index)
     if (result == FR_LAST_FLAGGED)
         fr_flag_dirty(&h->at, index);
     return result;
+}
+
+/* ---- what is published: form to block. Only the owner writes it, and may do so again and again: readers have one whole
+ * version, or are told to ask. */
+
+struct fr_published {
+    uint32_t form, flags;
+    uint64_t size;
+    union {
+        uint64_t words[FR_INLINE_VALUE / 8];
+        struct {
+            uint64_t offset;
+            uint32_t index, generation;
+        } block;
+    };
+};
+
+/* Returns 0 when the owner is at it and does not come to an end: who is not running does not change words. */
+static inline int fr_descriptor_read(struct fr_descriptor *d, struct fr_published *seen)
+{
+    for (int tries = 0; tries < 1000; tries++) {
+        uint32_t version = fr_load32_acquire(&d->version); /* SYNC: before the rest; pairs with fr_descriptor_end */
+        uint64_t words = 2;
+        if (version & 1) {
+            fr_pause();
+            continue;
+        }
+        seen->form = fr_load32_relaxed(&d->form);
+        seen->flags = fr_load32_relaxed(&d->flags);
+        seen->size = fr_load_relaxed(&d->size);
+        if (seen->form == FR_FORM_INLINE)
+            words = seen->size < FR_INLINE_VALUE ? (seen->size + 7) / 8 : FR_INLINE_VALUE / 8;
+        for (uint64_t i = 0; i < words; i++)
+            seen->words[i] = fr_load_relaxed(&d->words[i]);
+        fr_fence_acquire(); /* SYNC: the rest before the version again; pairs with fr_descriptor_begin */
+        if (fr_load32_relaxed(&d->version) == version)
+            return 1;
+    }
+    return 0;
+}
+
+FR_INLINE void fr_descriptor_begin(struct fr_descriptor *d)
+{
+    fr_store32_relaxed(&d->version, d->version + 1);
+    fr_fence(); /* SYNC: the odd version before the rest */
+}
+
+FR_INLINE void fr_descriptor_end(struct fr_descriptor *d)
+{
+    FR_FAILPOINT("table.half_published");
+    fr_store32_release(&d->version, d->version + 1); /* SYNC: the rest before the even version */
+}
+
+/* What is written between the two: `form`, with `size` bytes of `data` or with `block`. One caller at a time. */
+static inline void fr_descriptor_write(struct fr_descriptor *d, const struct fr_published *now)
+{
+    uint64_t words = now->form == FR_FORM_INLINE ? (now->size + 7) / 8 : 2;
+    fr_descriptor_begin(d);
+    fr_store32_relaxed(&d->form, now->form);
+    fr_store32_relaxed(&d->flags, now->flags);
+    fr_store_relaxed(&d->size, now->size);
+    for (uint64_t i = 0; i < words; i++)
+        fr_store_relaxed(&d->words[i], now->words[i]);
+    fr_descriptor_end(d);
 }
 
 /* ---- the owner's half; one caller at a time, under the owner's table lock */

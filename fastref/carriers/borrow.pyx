@@ -22,7 +22,7 @@ cdef extern from "fr_lease.h" nogil:
     void fr_lease_share(fr_lease*)
     void fr_lease_drop(fr_lease*)
     void fr_leases_detach(fr_leases*)
-    void fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(void*) noexcept nogil, void*)
+    bint fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(void*) noexcept nogil, void*)
     void fr_leases_end(fr_leases*)
     void fr_leases_watch_forks()
 
@@ -115,7 +115,10 @@ cdef class PeerArena:
         self.leases = calloc(1, sizeof(fr_leases))
         if self.leases == NULL:
             raise MemoryError()
-        fr_leases_begin(<fr_leases*>self.leases, &holder.h, <char*>&own[0], self.size_bytes, _emptied, <void*>self)
+        if not fr_leases_begin(<fr_leases*>self.leases, &holder.h, <char*>&own[0], self.size_bytes, _emptied, <void*>self):
+            free(self.leases)
+            self.leases = NULL
+            raise MemoryError()
 
     def __dealloc__(self):
         if self.leases != NULL:

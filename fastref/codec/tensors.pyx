@@ -63,6 +63,14 @@ cdef extern from *:
         fr_lease* lease
         int* freed
 
+cdef extern from "fr_addresses.h" nogil:
+    int fr_address_add(void*)
+    void fr_address_remove(void*)
+    bint fr_address_has(void*)
+    void fr_addresses_watch_forks()
+
+fr_addresses_watch_forks()
+
 cdef enum:
     CPU = 1
     MOST_DIMENSIONS = 16
@@ -131,9 +139,15 @@ cdef void release(fr_dl_managed* managed) noexcept nogil:
     cdef fr_dl_whole* whole = <fr_dl_whole*>managed
     if whole.freed != NULL:
         whole.freed[0] = 1
+    fr_address_remove(whole.managed.tensor.data)  # before somebody else can have it
     if whole.lease != NULL:
         drop_lease(whole.lease)
     free(whole)
+
+
+cdef bint is_made_here(uint64_t address) noexcept nogil:
+    """Whether a received tensor begins there: nothing but its storage uses that memory."""
+    return fr_address_has(<void*>address)
 
 
 cdef object read_tensor(Decoder decoder):
@@ -187,6 +201,7 @@ cdef object read_tensor(Decoder decoder):
                 memcpy(managed.tensor.data, data, header.size)
         else:
             memcpy(managed.tensor.data, data, header.size)
+    fr_address_add(managed.tensor.data)
     try:
         tensor = from_dlpack(PyCapsule_New(managed, "dltensor", NULL))
     except (BufferError, RuntimeError) as error:

@@ -7,8 +7,11 @@ from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport RRef
 from fastref.runtime.peer cimport Peer
-from fastref.runtime.post cimport Post
+from fastref.runtime.publish cimport Publisher
 from fastref.wire.frame cimport fr_frame
+
+
+cdef object PUBLISHED
 
 
 cdef class Pending:
@@ -29,7 +32,7 @@ cdef class Pending:
     cdef int settle(self, object value, object error) except -1
 
 
-cdef class Caller(Post):
+cdef class Caller(Publisher):
     cdef dict pending                   # call -> Pending
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting

@@ -6,7 +6,7 @@ from typing import Any
 from fastref.futures import Future
 from fastref.options import WorkerInfo
 from fastref.runtime.peer import Peer
-from fastref.runtime.post import Post
+from fastref.runtime.publish import Publisher
 
 __all__ = ["Caller", "Pending"]
 
@@ -21,7 +21,7 @@ class Pending:
     def deadline_ns(self) -> int: ...
     def wait(self) -> None: ...
 
-class Caller(Post):
+class Caller(Publisher):
     next_expiry_ns: int
     collector: Callable[[Future[Any]], None] | None
 

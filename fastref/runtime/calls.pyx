@@ -15,8 +15,8 @@ from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, 
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport RRef
 from fastref.runtime.peer cimport Peer
-from fastref.runtime.post cimport Post
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, INTERN, NO_SLOT,
+from fastref.runtime.publish cimport Publisher
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, FLAG_PUBLISHED, INTERN, NO_SLOT,
                                  PYTHON_CALL, fr_block, fr_frame)
 
 import cython
@@ -46,6 +46,7 @@ cdef extern from *:
     int INT_MAX
 
 cdef int64_t NEVER = 0x7FFFFFFFFFFFFFFF
+cdef object PUBLISHED = object()    # the answer to a fetch that need not be answered: look at the descriptor again
 cdef int64_t SETTLING_NS = 1000000      # time for another thread to finish settling a call
 
 # What `Future()` and `set_result` come to, without the Python frames in between: they were a quarter of a call.
@@ -116,7 +117,7 @@ cdef class Pending:
             self.caller.blocked(False)
 
 
-cdef class Caller(Post):
+cdef class Caller(Publisher):
     """The calling half of a runtime."""
 
     def __init__(self, *args, **kwargs):
@@ -312,6 +313,8 @@ cdef class Caller(Post):
         """Return the result in an answer, or raise the exception in it."""
         if flags & FLAG_ERROR:
             raise decode_failure(payload[:size])
+        if flags & FLAG_PUBLISHED:
+            return PUBLISHED
         return self.decode_any(payload, size, flags, references, lease)
 
     cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what):

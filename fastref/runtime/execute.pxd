@@ -28,21 +28,19 @@ cdef class Job:
 
 
 cdef class Executor(ReferenceCaller):
-    cdef public uint64_t values_published
-
     cdef public object around       # calls functions in our place, while a profile of all that is served is on; None
     cdef readonly uint64_t futures_awaited  # functions marked by async_execution that have returned, but not answered
 
     cdef Encoder execute(self, Job job, int* flags)
-    cdef Encoder conclude(self, Job job, object result, int* flags)
+    cdef Encoder conclude(self, Job job, int* flags)
     cdef Encoder conclude_failed(self, Job job, object error, int* flags)
-    cdef int _answer_when_done(self, Job job, object future) except -1
+    cdef int _answer_when_done(self, Job job) except -1
     cdef int unpark(self, list jobs) except -1
     cdef void answered_to(self, uint32_t cpu) noexcept
     cdef object call_target(self, Job job)
     cpdef object call_function(self, object func, object args, object kwargs)
     cdef bint _parks(self, OwnedValue owned, Job job) except -1
-    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1
+    cdef int settle_value(self, OwnedValue owned, uint32_t index, object error) except -1
     cdef int answer(self, Job job, Encoder body, int flags) except -1
     cdef int fail_job(self, Job job, object error) except -1
     cdef int complete(self, Job job) except -1

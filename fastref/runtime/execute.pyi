@@ -10,7 +10,6 @@ __all__ = ["Executor", "Job"]
 class Job: ...
 
 class Executor(ReferenceCaller):
-    values_published: int
     around: Callable[[Any, Any, dict], Any] | None
 
     @property

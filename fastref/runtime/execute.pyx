@@ -19,10 +19,10 @@ from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
 from fastref.codec.payload cimport Encoder
 from fastref.codec.stream cimport encode_value
 from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef, forks_so_far
-from fastref.runtime.calls cimport Pending
+from fastref.runtime.calls cimport PUBLISHED, Pending
 from fastref.runtime.references cimport ASK_TYPE, ASK_WHETHER_THERE, ReferenceCaller
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, NO_SLOT, PYTHON_REMOTE_CALL, PYTHON_RET,
-                                 RREF_FETCH_CALL, fr_block, fr_frame)
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PUBLISHED, NO_SLOT, PYTHON_REMOTE_CALL,
+                                 PYTHON_RET, RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
@@ -44,10 +44,6 @@ cdef extern from "Python.h":
     PyObject* PyMethod_GET_FUNCTION(object)
 
 cdef str MARK = "_wrapped_async_rpc_function"
-
-cdef enum:
-    LARGEST_PUBLISHED = 1 << 20
-
 
 cdef class Job:
     """One frame that takes code of the program to deal with."""
@@ -84,7 +80,8 @@ cdef class Executor(ReferenceCaller):
                 job.decoded()
             job.parked = False
             if job.head.kind == RREF_FETCH_CALL:
-                owned = (<RRef>job.references[0]).owned
+                rref = job.references[0]
+                owned = rref.owned
                 if owned is None:
                     raise ProtocolError(f"{self.info} does not own what {job.peer.info} wants to fetch")
                 if self._parks(owned, job):
@@ -94,7 +91,12 @@ cdef class Executor(ReferenceCaller):
                     body = self.encoder()
                     body.raw(<const char*>(<bytes>owned.error), len(owned.error))
                     return body
-                result = owned.value
+                if job.peer.rank < self._bits_of(self.rank) and self.offer(owned, rref.fork.index):
+                    flags[0] = FLAG_PUBLISHED
+                    return self.encoder()
+                if owned.frozen:
+                    return self.frozen_copy(owned, flags)
+                job.body = owned.value
             else:
                 if job.head.flags & FLAG_METHOD:
                     rref = job.references[1 if job.head.kind == PYTHON_REMOTE_CALL else 0]
@@ -102,24 +104,30 @@ cdef class Executor(ReferenceCaller):
                         raise ProtocolError(f"{self.info} does not own what {job.peer.info} calls")
                     if self._parks(rref.owned, job):
                         return None
-                result = self.call_target(job)
+                job.body = self.call_target(job)
             if job.answers_later:
-                self._answer_when_done(job, result)
+                self._answer_when_done(job)
                 return None
-            return self.conclude(job, result, flags)
+            return self.conclude(job, flags)
         except BaseException as error:
             return self.conclude_failed(job, error, flags)
 
-    cdef Encoder conclude(self, Job job, object result, int* flags):
-        """What a job's function returned: keep it, or return its encoding as the answer."""
+    cdef Encoder conclude(self, Job job, int* flags):
+        """What a job's function returned is its body now: keep it, or return its encoding as the answer.
+
+        What is kept is held by nothing else here when holders learn of it: only then can it be published.
+        """
         cdef RRef rref
         cdef Encoder body
         if job.head.kind == PYTHON_REMOTE_CALL:
             rref = job.references[0]
-            self.settle_value(rref.owned, rref.fork.index, result, None)
+            if rref.owned.settled != VALUE_PENDING:
+                raise ProtocolError(f"entry {rref.fork.index} has a value already")
+            rref.owned.value, job.body = job.body, None
+            self.settle_value(rref.owned, rref.fork.index, None)
             return None
         body = self.encoder()
-        flags[0] = self.encode_any(body, result, job.peer.shares_main)
+        flags[0] = self.encode_any(body, job.body, job.peer.shares_main)
         return body
 
     cdef Encoder conclude_failed(self, Job job, object error, int* flags):
@@ -130,15 +138,16 @@ cdef class Executor(ReferenceCaller):
         if job.head.kind == PYTHON_REMOTE_CALL:
             if job.references and job.references[0] is not None:
                 rref = job.references[0]
-                self.settle_value(rref.owned, rref.fork.index, None, failure)
+                self.settle_value(rref.owned, rref.fork.index, failure)
             return None
         flags[0] = FLAG_ERROR
         body = self.encoder()
         body.raw(<const char*>(<bytes>failure), len(failure))
         return body
 
-    cdef int _answer_when_done(self, Job job, object future) except -1:
+    cdef int _answer_when_done(self, Job job) except -1:
         """A function marked by ``async_execution`` has returned: its answer is the result of a future. No thread waits."""
+        future, job.body = job.body, None
         _require_future(future)
         job.parked = True  # it is not served yet
         self.futures_awaited += 1
@@ -158,7 +167,8 @@ cdef class Executor(ReferenceCaller):
             return  # a child that ``os.fork`` made: its parent answers
         try:
             try:
-                body = self.conclude(done, future.value(), &flags)
+                done.body = future.value()
+                body = self.conclude(done, &flags)
             except BaseException as error:
                 body = self.conclude_failed(done, error, &flags)
             if body is not None:
@@ -190,6 +200,8 @@ cdef class Executor(ReferenceCaller):
                 return type(owned.value)
             if method == ASK_WHETHER_THERE:
                 return None
+            if not owned.exposed:
+                self.expose(owned)
             func = getattr(owned.value, method)
         elif job.head.callable:
             args, kwargs = job.body
@@ -243,13 +255,13 @@ cdef class Executor(ReferenceCaller):
         """The value of an entry never will be; ``failure`` is what ``encode_failure`` made of the reason."""
         owned = <OwnedValue>self.owned[index]
         if owned.settled == VALUE_PENDING:
-            self.settle_value(owned, index, None, failure)
+            self.settle_value(owned, index, failure)
 
-    cdef int settle_value(self, OwnedValue owned, uint32_t index, object value, object error) except -1:
+    cdef int settle_value(self, OwnedValue owned, uint32_t index, object error) except -1:
         """A value is there, or never will be: tell whoever waits for it, and publish it if nobody can ever change it."""
         if owned.settled != VALUE_PENDING:
             raise ProtocolError(f"entry {index} has a value already")
-        owned.value, owned.error = value, error
+        owned.error = error
         self.table.at.descriptors[index].settled_ns = fr_now_ns()  # plain: published by the state
         # What holders read first, then what answers them: who has fetched a value by message finds it published.
         if error is not None:
@@ -262,35 +274,6 @@ cdef class Executor(ReferenceCaller):
         waiters, owned.waiters = owned.waiters, None
         if waiters:
             self.unpark(waiters)
-        return 0
-
-    cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
-        """Let holders read an immutable value without asking; of others say only that it is there."""
-        cdef Encoder body
-        cdef uint64_t offset
-        value = owned.value
-        if not _immutable(value, 0):
-            self.table.set_state(index, "ready")
-            return 0
-        body = self.encoder()
-        try:
-            if not encode_value(body, value, 0) or body.total() > LARGEST_PUBLISHED:
-                self.table.set_state(index, "ready")
-                return 0
-            data = PyBytes_FromStringAndSize(NULL, body.total())
-            body.copy_to(PyBytes_AS_STRING(data))
-        finally:
-            self.encoder_done(body)
-        if not self.table.publish_inline(index, data):
-            try:
-                offset = self.arena.lend(len(data))
-            except ResourceError:
-                self.table.set_state(index, "ready")
-                return 0
-            self.arena.fill(offset, data)
-            self.arena.keep_for(offset, index)
-            self.table.publish_block(index, offset, len(data))
-        self.values_published += 1
         return 0
 
     cdef int answer(self, Job job, Encoder body, int flags) except -1:
@@ -366,6 +349,8 @@ cdef class Executor(ReferenceCaller):
             if payload != NULL:
                 value = self.outcome(job.peer, payload, size, job.head.flags, job.references, job.lease)
                 job.decoded()
+            elif job.head.flags & FLAG_PUBLISHED:
+                value = PUBLISHED
             else:
                 value = job.body
         except Exception as trouble:
@@ -403,16 +388,3 @@ cdef bint _is_marked(object func) except -1:
     if PyFunction_Check(func):
         return (<PyFunctionObject*>func).func_dict != NULL and MARK in <object>(<PyFunctionObject*>func).func_dict
     return not isinstance(func, type) and hasattr(func, MARK)
-
-
-cdef bint _immutable(object value, int depth) except -1:
-    """True for a value that nobody can ever change."""
-    kind = type(value)
-    if value is None or kind is bool or kind is int or kind is float or kind is str or kind is bytes:
-        return True
-    if kind is tuple and depth < 16:
-        for item in value:
-            if not _immutable(item, depth + 1):
-                return False
-        return True
-    return False

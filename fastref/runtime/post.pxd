@@ -65,6 +65,7 @@ cdef class Post(Wiring):
     cdef bint flush(self, Peer peer) except -1
     cdef object _cannot_send(self, Peer peer, int64_t why, uint64_t size)
     cdef bint lend(self, Peer peer, Encoder body, uint64_t size, fr_block* block) except -1
+    cdef uint64_t lend_to_all(self, uint64_t size) except? 0xFFFFFFFFFFFFFFFF
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1

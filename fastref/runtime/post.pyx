@@ -323,18 +323,11 @@ cdef class Post(Wiring):
             if self.table.needs_sweep():  # the blocks that leases gave back are the warm ones
                 self.sweep()
         try:
-            offset = self.arena.lend(size)
+            offset = self.lend_to_all(size)
         except ResourceError:
-            for other in self.peers:
-                if other is not None:
-                    (<Peer>other).release(self.arena)
-            self.sweep()
-            try:
-                offset = self.arena.lend(size)
-            except ResourceError:
-                if size + HEAD_ROOM <= peer.channel.largest:
-                    return False
-                raise
+            if size + HEAD_ROOM <= peer.channel.largest:
+                return False
+            raise
         block.offset, block.size, block.index, block.generation = offset, size, NO_ENTRY, 0
         if body.largest_segment >= LEASE_FROM and self.arena.bytes_lent <= self.arena.limit // 2 \
                 and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
@@ -348,6 +341,26 @@ cdef class Post(Wiring):
                 self.arena.give_back(offset)
                 raise
         return True
+
+    cdef uint64_t lend_to_all(self, uint64_t size) except? 0xFFFFFFFFFFFFFFFF:
+        """A block of the arena. When there is none, what others are done with is taken back, and copies are withdrawn."""
+        try:
+            return self.arena.lend(size)
+        except ResourceError:
+            for other in self.peers:
+                if other is not None:
+                    (<Peer>other).release(self.arena)
+            self.sweep()
+        try:
+            return self.arena.lend(size)
+        except ResourceError:
+            self.withdraw_copies()
+            self.sweep()
+        return self.arena.lend(size)
+
+    def withdraw_copies(self) -> None:
+        """Let go of copies of values that only spare their readers a question."""
+        raise NotImplementedError
 
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1:
         """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo.

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from fastref._core cimport fr_fork
+from fastref._core cimport fr_fork, fr_published
 from fastref.rref cimport RRef
 from fastref.runtime.calls cimport Caller
 from fastref.runtime.peer cimport Peer
@@ -26,3 +26,4 @@ cdef class ReferenceCaller(Caller):
     cdef int _check_creation(self, RRef rref) except -1
     cdef object _ask(self, RRef rref, str question, double timeout_s)
     cdef object read_published(self, RRef rref, Peer peer)
+    cdef object _read_block(self, RRef rref, Peer peer, fr_published* seen)

@@ -3,14 +3,16 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_VALUE_PENDING, FR_VALUE_READY,
-                            failpoints, fr_descriptor, fr_failpoints_here, fr_fence_acquire, fr_fork, fr_futex_wait, fr_holder_adopt,
-                            fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_now_ns)
+from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_LOST, FR_NO_ENTRY, FR_VALUE_PENDING,
+                            FR_VALUE_READY, failpoints, fr_descriptor, fr_descriptor_read, fr_failpoints_here,
+                            fr_fence_acquire, fr_fork, fr_futex_wait, fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed,
+                            fr_now_ns, fr_published)
+from fastref.carriers.borrow cimport LEASE_FROM, Lease
 from fastref.channels.slots cimport fr_waiting
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef,
                            make_rref)
-from fastref.runtime.calls cimport Caller
+from fastref.runtime.calls cimport PUBLISHED, Caller
 from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
 
@@ -221,6 +223,8 @@ cdef class ReferenceCaller(Caller):
                 self._check_creation(rref)
         if owned.settled == VALUE_FAILED:
             raise decode_failure(owned.error)
+        if not owned.exposed:
+            self.expose(owned)
         return owned.value
 
     cdef tuple credit(self, Peer peer, int64_t deadline_ns, double timeout_s):
@@ -286,20 +290,25 @@ cdef class ReferenceCaller(Caller):
             raise peer.died_error(True)
         if rref.value_deadline_ns:
             self._check_creation(rref)
-        if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
-            return self.read_published(rref, peer)
-        self.fetched_by_message += 1
-        memset(&head, 0, sizeof(fr_frame))
-        head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
-        head.callable = rref.fork.index
-        body = self.encoder()
-        body.references.append(rref)
-        try:
-            return self.exchange(peer, &head, body, timeout_s, "to_here()")
-        except CallTimeout:
-            if rref.value_deadline_ns:
-                self._check_creation(rref)
-            raise
+        while True:
+            if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
+                value = self.read_published(rref, peer)
+                if value is not PUBLISHED:
+                    return value
+            self.fetched_by_message += 1
+            memset(&head, 0, sizeof(fr_frame))
+            head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
+            head.callable = rref.fork.index
+            body = self.encoder()
+            body.references.append(rref)
+            try:
+                value = self.exchange(peer, &head, body, timeout_s, "to_here()")
+            except CallTimeout:
+                if rref.value_deadline_ns:
+                    self._check_creation(rref)
+                raise
+            if value is not PUBLISHED:
+                return value
 
     cdef int _check_creation(self, RRef rref) except -1:
         """Raise when the value did not come, or has not come, within the time that its remote() was given."""
@@ -310,24 +319,46 @@ cdef class ReferenceCaller(Caller):
         return 0
 
     cdef object read_published(self, RRef rref, Peer peer):
-        """Decode a published value straight from the owner's memory; our bit or fork keeps it there.
+        """Decode a published value straight from the owner's memory; PUBLISHED when it has to be asked for after all.
 
-        Unless all others take us for dead, and we have not noticed yet. So the generation is looked at before, and
-        again when all is read.
+        Our bit or fork keeps the value's entry open, unless all others take us for dead, and we have not noticed yet. So
+        the generation is looked at before, and again when all is read.
         """
         cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
-        cdef uint32_t size = fr_load32_relaxed(&d.size)
-        _check_generation(rref, d, peer)
-        self.fetched_directly += 1
-        if fr_load32_relaxed(&d.form) == FR_FORM_INLINE:
-            if size > FR_INLINE_VALUE:
-                raise ProtocolError(f"worker {peer.info.name!r} published {size} bytes in {FR_INLINE_VALUE}")
-            value = self.decode_any(d.data, size, 0, _NOTHING, None)
-        else:
-            value = self.decode_any(peer.arena.borrow(fr_load_relaxed(&d.offset), size), size, 0, _NOTHING, None)
-        fr_fence_acquire()  # SYNC: the value before the generation; pairs with the owner's new generation before a new value
-        _check_generation(rref, d, peer)
-        return value
+        cdef fr_published seen
+        cdef int tries
+        for tries in range(4):
+            if not fr_descriptor_read(d, &seen) or seen.form == FR_FORM_ASK:
+                return PUBLISHED
+            _check_generation(rref, d, peer)
+            FR_FAILPOINT("publish.seen")
+            if seen.form == FR_FORM_INLINE:
+                if seen.size > FR_INLINE_VALUE:
+                    raise ProtocolError(f"worker {peer.info.name!r} published {seen.size} bytes in {FR_INLINE_VALUE}")
+                value = self.decode_any(<const char*>seen.words, seen.size, seen.flags, _NOTHING, None)
+            elif seen.block.index == FR_NO_ENTRY:
+                value = self.decode_any(peer.arena.borrow(seen.block.offset, seen.size), seen.size, seen.flags, _NOTHING, None)
+            elif peer.holder.take_unpinned(seen.block.index, seen.block.generation) == FR_LOST:
+                continue  # withdrawn, or replaced by the next version, since we looked
+            else:
+                value = self._read_block(rref, peer, &seen)
+            self.fetched_directly += 1
+            fr_fence_acquire()  # SYNC: the value before the generation; pairs with the owner's new generation before a new value
+            _check_generation(rref, d, peer)
+            return value
+        return PUBLISHED
+
+    cdef object _read_block(self, RRef rref, Peer peer, fr_published* seen):
+        """Decode a block that is held for us, and let go of it; large tensors go on holding it."""
+        cdef Lease lease = None
+        cdef const char* payload
+        try:
+            if seen.size >= LEASE_FROM:
+                lease = peer.arena.take(seen.block.offset, seen.size, seen.block.index, seen.block.generation, ~rref.fork.index)
+            payload = <const char*>lease.start if lease is not None else peer.arena.borrow(seen.block.offset, seen.size)
+            return self.decode_any(payload, seen.size, seen.flags, _NOTHING, lease)
+        finally:
+            peer.holder.drop(seen.block.index)
 
     cdef object confirmation(self, RRef rref):
         cdef double timeout_s = 0

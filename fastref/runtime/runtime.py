@@ -539,6 +539,7 @@ class Runtime(GroupKeeper):
                 "running": self.running, "threads": self.threads, "parked": self.parked,
                 "fetched_directly": self.fetched_directly, "fetched_by_message": self.fetched_by_message,
                 "values_published": self.values_published,
+                "values_withdrawn": self.values_withdrawn,
             },
             "slots": self.slots.snapshot(),
             "table": self.table.snapshot(),

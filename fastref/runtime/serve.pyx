@@ -51,7 +51,7 @@ cdef enum:
 cdef class Server(Executor):
     """The serving half of a runtime."""
 
-    def __cinit__(self):
+    def __cinit__(self, *args, **kwargs):
         self.errands = deque()  # one that never came to serve can be released like any other
 
     def __init__(self, *args, thread_cap: int = 16, **kwargs):
@@ -512,9 +512,11 @@ cdef class Server(Executor):
         """
         dropped = []
         for index in self.table.sweep():
-            if index < len(self.owned) and self.owned[index] is not None:
-                dropped.append(self.owned[index])
+            owned = self.owned[index] if index < len(self.owned) else None
+            if owned is not None:
+                dropped.append(owned)
                 self.owned[index] = None
+                self.forget_copy(owned)
             self.arena.closed(index)
             rank = self.credit_of.pop(index, None)
             if rank is not None:
