@@ -298,6 +298,15 @@ def test_a_damaged_tensor_is_refused(changes):
         decode(tensor_bytes(**changes))
 
 
+def test_long_bytes_are_bytes():
+    for size in (65_535, 65_536, 65_537, 1 << 20):
+        data = bytes(range(256)) * (size // 256 + 1)
+        assert decode(encode(data[:size])) == data[:size]
+        assert decode(encode([1, data[:size], "a", (data[:size], 2)])) == [1, data[:size], "a", (data[:size], 2)]
+    long = bytes(100_000)
+    assert encode([long, long]) is None  # pickle keeps that they are one object
+
+
 # Bad input
 
 
@@ -331,6 +340,9 @@ def claim(tag: bytes, size: int) -> bytes:
         claim(b"t", 1) * 200 + b"N",
         claim(b"l", 1) * 100_000 + b"N",
         claim(b"t", 3) + b"Ni" + b"x" * 9,
+        b"B" + bytes(8),
+        b"B" + struct.pack("=Q", 100_000) + bytes(1000),
+        *(b"B" + struct.pack("=Q", size) + bytes(200) for size in (2**63 - 1, 2**63, 2**64 - 1)),
     ],
     ids=lambda data: repr(data[:12]),
 )

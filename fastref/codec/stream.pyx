@@ -1,8 +1,9 @@
 """The fast encoding of plain values.
 
 One byte says what comes: None, True, False, an int of 64 bits, a float, str, bytes, tuple, list, dict, a reference (by
-its number in the frame) or a plain CPU tensor. Whatever else is in a value, or a mutable object that is met twice,
-makes the encoder say no; then the whole value goes through pickle, so that identity and cycles survive.
+its number in the frame) or a plain CPU tensor. Large bytes and tensors are copied once, to where the payload goes.
+Whatever else is in a value, or a mutable object that is met twice, makes the encoder say no; then the whole value goes
+through pickle, so that identity and cycles survive.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -32,6 +33,7 @@ cdef enum:
     DEEPEST = 64            # nesting that the recursive functions follow; deeper values are pickled
     MOST_CONTAINERS = 4096  # a tuple is written at each meeting; pickle writes it once, whatever the number
     LONG_TEXT = 4096        # longer strings are worth remembering
+    SEGMENT_FROM = 65536    # bytes objects of this size are not copied into the stream
 
 
 cdef int encode_value(Encoder encoder, object value, int depth) except -1:
@@ -73,8 +75,10 @@ cdef int encode_value(Encoder encoder, object value, int depth) except -1:
         encoder.raw(text, size)
     elif PyBytes_CheckExact(value):
         size = PyBytes_GET_SIZE(value)
-        if size > 1 << 30 or (size > LONG_TEXT and not encoder.first_meeting(value)):
+        if size > LONG_TEXT and not encoder.first_meeting(value):
             return False
+        if size >= SEGMENT_FROM:
+            return write_long_bytes(encoder, value)
         encoder.tag32(c'b', size)
         encoder.raw(PyBytes_AS_STRING(value), size)
     elif depth >= DEEPEST or encoder.containers >= MOST_CONTAINERS:
@@ -120,6 +124,17 @@ cdef int encode_value(Encoder encoder, object value, int depth) except -1:
     return True
 
 
+cdef int write_long_bytes(Encoder encoder, bytes value) except -1:
+    """Append bytes that are copied only once, to where the payload goes."""
+    cdef uint64_t size = PyBytes_GET_SIZE(value), largest = encoder.largest_segment
+    cdef char* at = encoder.grow(9)
+    at[0] = c'B'
+    memcpy(at + 1, &size, 8)
+    encoder.segment(PyBytes_AS_STRING(value), size, value)
+    encoder.largest_segment = largest  # the receiver has to copy them: they are not worth a lease
+    return True
+
+
 cdef object decode_value(Decoder decoder, int depth):
     """Read one value. Every length is checked against the bytes that are there."""
     cdef char tag = decoder.take(1)[0]
@@ -140,6 +155,11 @@ cdef object decode_value(Decoder decoder, int depth):
         return PyFloat_FromDouble(real)
     if tag == c'X':
         return read_tensor(decoder)
+    if tag == c'B':
+        memcpy(&number, decoder.take(8), 8)
+        if number < 0:
+            raise ProtocolError(f"a payload claims {<uint64_t>number} bytes")
+        return PyBytes_FromStringAndSize(decoder.aligned(number), number)
     size = decoder.number()
     if tag == c's':
         try:
