@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from typing import Any
 
@@ -177,6 +179,7 @@ def test_a_registered_backend_is_there_under_every_name_of_the_class() -> None:
         assert rpc.BackendType.TENSORPIPE in list(rpc.BackendType)
         assert isinstance(member, rpc.BackendType)
         assert repr(member) == "BackendType.ONE_MORE"
+        assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is copy.copy(member) is member
         assert rpc.construct_rpc_backend_options(member, 5, "x") == (5, "x")
         assert rpc.backend_registered("ONE_MORE")
         assert not rpc.backend_registered("ANOTHER")
@@ -184,6 +187,8 @@ def test_a_registered_backend_is_there_under_every_name_of_the_class() -> None:
             rpc.register_backend("ONE_MORE", print, print)
     finally:
         del rpc.BackendType.__members__["ONE_MORE"]
+    with pytest.raises(UsageError, match="ONE_MORE is not registered in this process"):
+        copy.copy(member)
     with pytest.raises(AttributeError):
         rpc.BackendType.ONE_MORE  # noqa: B018
 

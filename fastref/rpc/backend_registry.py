@@ -57,6 +57,15 @@ class BackendType(metaclass=_Registry):
     def __repr__(self) -> str:
         return f"BackendType.{self.name}"
 
+    def __reduce__(self) -> tuple[Callable[[str], BackendType], tuple[str]]:
+        return _member, (self.name,)  # in copies and in other processes too a backend is the registered one
+
+
+def _member(name: str) -> BackendType:
+    if not backend_registered(name):
+        raise UsageError(f"RPC backend {name} is not registered in this process")
+    return BackendType[name]
+
 
 def backend_registered(backend_name: str) -> bool:
     """Return whether there is a backend of that name."""
