@@ -13,6 +13,7 @@ import math
 import operator
 import random
 import threading
+import types
 from contextlib import suppress
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_arguments_arrive_by_position_and_by_name() -> None:
         assert how("w1", work.gather, [1, 2], {"a": 3}) == ((1, 2), {"a": 3})
         assert how("w1", work.gather, None, {"a": None}) == ((), {"a": None})
         assert how("w1", work.gather, (None,), {}) == ((None,), {})
+
+
+@in_job
+def test_any_mapping_may_hold_the_arguments_by_name() -> None:
+    inner = {"a": 1}
+    for kwargs in (
+        collections.OrderedDict(inner),
+        collections.defaultdict(int, inner),
+        collections.UserDict(inner),
+        collections.ChainMap(inner),
+        types.MappingProxyType(inner),
+    ):
+        assert rpc.rpc_sync("w1", work.gather, (), kwargs) == ((), inner)
+        assert rpc.rpc_async("w1", work.gather, (), kwargs).wait() == ((), inner)
+        assert rpc.remote("w1", work.gather, (), kwargs).to_here() == ((), inner)
+    for wrong in ([("a", 1)], 3):
+        with pytest.raises(TypeError, match="must be a mapping"):
+            rpc.rpc_sync("w1", work.gather, (), wrong)  # type: ignore[arg-type]  # that is the point
 
 
 @in_job

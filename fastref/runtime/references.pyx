@@ -87,6 +87,10 @@ cdef class ReferenceCaller(Caller):
             raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
         peer = self.peer_of(to)
         row = () if args is None else tuple(args)
+        if kwargs is not None and type(kwargs) is not dict:
+            if not hasattr(kwargs, "keys"):
+                raise TypeError(f"kwargs must be a mapping, not {type(kwargs).__name__}")
+            kwargs = dict(kwargs)
         if how != HOW_REMOTE and not callable(func):
             raise TypeError("function should be callable.")
         if self.detour is not None:
