@@ -315,6 +315,22 @@ def test_a_negative_timeout_is_over_at_once() -> None:
 
 
 @in_job
+@pytest.mark.parametrize("timeout", [math.inf, 1e30, 1e10])
+def test_a_timeout_beyond_all_clocks_is_none(timeout: float) -> None:
+    assert rpc.rpc_sync("w1", work.sleep, (0.05,), timeout=timeout) == 0.05
+    assert rpc.rpc_async("w1", work.sleep, (0.05,), timeout=timeout).wait() == 0.05
+    assert rpc.remote("w1", work.sleep, (0.05,), timeout=timeout).to_here(timeout) == 0.05
+    assert rpc.remote("w0", work.sleep, (0.05,), timeout=timeout).local_value(timeout) == 0.05
+
+
+@in_job
+@pytest.mark.parametrize(("timeout", "shown"), [(-1e30, "-1000000"), (-math.inf, "-inf"), (math.nan, "nan")])
+def test_a_timeout_that_is_no_length_of_time_is_over_at_once(timeout: float, shown: str) -> None:
+    with pytest.raises(CallTimeout, match=f"set timeout \\({shown}.* ms\\)"):
+        rpc.rpc_sync("w1", work.sleep, (0.1,), timeout=timeout)
+
+
+@in_job
 def test_a_call_without_a_limit_waits() -> None:
     assert rpc.rpc_sync("w1", work.sleep, args=(0.3,), timeout=0) == 0.3
     assert rpc.rpc_async("w1", work.sleep, args=(0.3,), timeout=0).wait() == 0.3

@@ -42,6 +42,7 @@ cdef extern from "Python.h":
 cdef enum:
     INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
     HEAD_ROOM = 1024        # header and references that fit on the stack
+    FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # ids and call numbers have 48 bits
 
@@ -106,14 +107,9 @@ cdef class Post(Wiring):
         cdef int64_t inherited = fr_this_thread.deadline_ns
         cdef int64_t own
         if timeout_s == -1.0:
-            timeout_s = self.default_timeout_s
-            if timeout_s == 0:
-                return inherited
-            own = fr_now_ns() + <int64_t>(timeout_s * 1e9)
-            return own if not inherited or own < inherited else inherited
-        if timeout_s == 0:
-            return 0
-        return max(fr_now_ns() + <int64_t>(timeout_s * 1e9), 1)
+            own = _deadline(self.default_timeout_s)
+            return own if own and (not inherited or own < inherited) else inherited
+        return _deadline(timeout_s)
 
     cdef object worker(self, uint16_t rank):
         peer = self.peers[rank] if rank < len(self.peers) else None
@@ -547,8 +543,16 @@ cdef class Post(Wiring):
 
     cdef object raise_timeout(self, Peer peer, what, double timeout_s):
         shown = self.default_timeout_s if timeout_s == UNSET_RPC_TIMEOUT else timeout_s
-        raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout ({round(shown * 1000)} ms) and will now be marked with "
+        raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout ({shown * 1000:.0f} ms) and will now be marked with "
                           f"an error: {what} on worker {peer.info.name!r}", peer.info.name)
+
+
+cdef int64_t _deadline(double timeout_s) noexcept:
+    if timeout_s == 0 or timeout_s >= FOREVER_S:
+        return 0
+    if not timeout_s > 0:  # negative, or no number: over at once
+        return 1
+    return fr_now_ns() + <int64_t>(timeout_s * 1e9)
 
 
 cdef bint _may_wait(unsigned kind) noexcept:
