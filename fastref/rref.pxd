@@ -41,6 +41,7 @@ cdef class Wiring:
     cdef int freeze(self, RRef rref, bint publish) except -1
     cdef object worker(self, uint16_t rank)
     cdef bint confirmed(self, RRef rref) except -1
+    cdef int check_creation(self, RRef rref) except -1
     cdef object confirmation(self, RRef rref)
     cdef object type_of(self, RRef rref, double timeout_s)
 

@@ -101,6 +101,10 @@ cdef class Wiring:
     cdef bint confirmed(self, RRef rref) except -1:
         raise NotImplementedError
 
+    cdef int check_creation(self, RRef rref) except -1:
+        """Raise when it is known here that the value never was made, or not in the time that it was given."""
+        raise NotImplementedError
+
     cdef object confirmation(self, RRef rref):
         """A future that is done when the value is there, or never will be."""
         raise NotImplementedError
@@ -312,11 +316,10 @@ cdef class RRef:
         UsageError
             After ``shutdown``.
         PeerError
-            When the request to make the value could not be sent.
+            When the request to make the value could not be sent, or the value did not come in the time it was given.
         """
         self.wiring.check()
-        if self.creation is not None:
-            raise self.creation_error()
+        self.wiring.check_creation(self)
         if self.wiring.closed or self.wiring.users_deleted:
             raise UsageError(f"{self._describe()} has been deleted. Cannot call fork an UserRRef after deletion.")
         number = self.wiring.hand_over(self)

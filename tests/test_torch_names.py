@@ -82,6 +82,25 @@ def test_a_value_that_came_after_the_timeout_of_its_creation_is_not_had() -> Non
 
 
 @in_job
+def test_a_reference_whose_value_came_too_late_is_not_handed_on() -> None:
+    late = "RRef creation via rpc.remote\\(\\) timed out"
+    for to in ("w1", "w0"):
+        rref = rpc.remote(to, slow_list, (0.3,), timeout=0.05)
+        time.sleep(0.1)
+        for _ in range(2):  # before the value is there, and after
+            with pytest.raises(CallTimeout, match=late):
+                rpc.rpc_sync("w2", work.echo, (rref,))
+            with pytest.raises(CallTimeout, match=late):
+                rpc.remote("w1", work.echo, ([rref],)).to_here()
+            with pytest.raises(CallTimeout, match=late):
+                rref.rpc_async().copy().wait()
+            with pytest.raises(CallTimeout, match=late):
+                rref._serialize()
+            time.sleep(0.4)
+        assert rpc.rpc_sync("w2", work.echo, (2,)) == 2
+
+
+@in_job
 def test_a_reference_that_was_handed_over_is_confirmed_at_once() -> None:
     rref = rpc.remote("w1", slow_list, (0.5,))
     assert not rref.confirmed_by_owner()

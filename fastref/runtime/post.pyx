@@ -368,8 +368,8 @@ cdef class Post(Wiring):
         cdef uint64_t fork_id
         for item in references:
             rref = <RRef>item
-            if rref.creation is not None:
-                raise rref.creation_error()
+            if not first_is_new:
+                self.check_creation(rref)
             if self.users_deleted and rref.owned is None:
                 rref._serialize()  # says so
             if rref.wiring is not self:

@@ -23,7 +23,6 @@ cdef class ReferenceCaller(Caller):
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef RRef own_pending(self, fr_fork* fork)
     cdef tuple credit(self, Peer peer, int64_t deadline_ns, double timeout_s)
-    cdef int _check_creation(self, RRef rref) except -1
     cdef object _ask(self, RRef rref, str question, double timeout_s)
     cdef object read_published(self, RRef rref, Peer peer)
     cdef object _read_block(self, RRef rref, Peer peer, fr_published* seen)

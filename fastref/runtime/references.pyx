@@ -196,10 +196,7 @@ cdef class ReferenceCaller(Caller):
         cdef OwnedValue owned = rref.owned
         cdef int64_t creation_ns = rref.value_deadline_ns
         cdef int64_t deadline_ns, slice_ns = self.slice_ns, left
-        if rref.creation is not None:
-            raise rref.creation_error()
-        if rref.value_deadline_ns:
-            self._check_creation(rref)
+        self.check_creation(rref)
         if owned.settled == VALUE_PENDING:
             deadline_ns = self.deadline(timeout_s)
             if creation_ns and (not deadline_ns or creation_ns < deadline_ns):
@@ -212,7 +209,7 @@ cdef class ReferenceCaller(Caller):
                         left = deadline_ns - fr_now_ns()
                         if left <= 0:
                             if deadline_ns == creation_ns:
-                                self._check_creation(rref)
+                                self.check_creation(rref)
                             self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s)
                         if slice_ns >= 0:
                             left = min(left, slice_ns)
@@ -223,8 +220,7 @@ cdef class ReferenceCaller(Caller):
                         raise NotInitialized("the runtime was shut down before the value came")
             finally:
                 self.blocked(False)
-            if rref.value_deadline_ns:
-                self._check_creation(rref)
+            self.check_creation(rref)
         if owned.settled == VALUE_FAILED:
             raise decode_failure(owned.error)
         if not owned.exposed:
@@ -292,8 +288,7 @@ cdef class ReferenceCaller(Caller):
                 fr_descriptor_spin(d, &peer.died, &self.fetch_waiting)
         if fr_load32_acquire(&peer.died):
             raise peer.died_error(True)
-        if rref.value_deadline_ns:
-            self._check_creation(rref)
+        self.check_creation(rref)
         while True:
             if fr_load32_acquire(&d.state) == FR_VALUE_READY and fr_load32_relaxed(&d.form) != FR_FORM_ASK:
                 value = self.read_published(rref, peer)
@@ -308,16 +303,21 @@ cdef class ReferenceCaller(Caller):
             try:
                 value = self.exchange(peer, &head, body, timeout_s, "to_here()")
             except CallTimeout:
-                if rref.value_deadline_ns:
-                    self._check_creation(rref)
+                self.check_creation(rref)
                 raise
             if value is not PUBLISHED:
                 return value
 
-    cdef int _check_creation(self, RRef rref) except -1:
+    cdef int check_creation(self, RRef rref) except -1:
         """Raise when the value did not come, or has not come, within the time that its remote() was given."""
-        cdef fr_descriptor* d = &rref.holder.h.at.descriptors[rref.fork.index]
-        cdef bint pending = fr_load32_acquire(&d.state) == FR_VALUE_PENDING
+        cdef fr_descriptor* d
+        cdef bint pending
+        if rref.creation is not None:
+            raise rref.creation_error()
+        if not rref.value_deadline_ns:
+            return 0
+        d = &rref.holder.h.at.descriptors[rref.fork.index]
+        pending = fr_load32_acquire(&d.state) == FR_VALUE_PENDING
         if (fr_now_ns() if pending else d.settled_ns) > rref.value_deadline_ns:
             raise CallTimeout(NEVER_MADE, (<Peer>self.peers[rref.fork.owner]).info.name)
         return 0
