@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fastref.errors import UsageError
-from fastref.rendezvous import resolve_rank
+from fastref.rendezvous import resolve_member_rank, resolve_rank
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +20,14 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_rank_is_a_usage_error_that_says_what_to_do(method: str, rank: int) -> None:
     with pytest.raises(UsageError, match=f"{method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK"):
         resolve_rank(method, rank, 2)
+
+
+@pytest.mark.parametrize("rank", [None, "0", 0.0, True])
+def test_a_rank_that_is_no_integer_is_refused(rank: Any) -> None:
+    with pytest.raises(UsageError, match=f"rank is an integer, got {rank!r}"):
+        resolve_rank("local://x", rank, 1)
+    with pytest.raises(UsageError, match=f"rank is an integer, got {rank!r}"):
+        resolve_member_rank("local://x", rank)
 
 
 @pytest.mark.parametrize("size", [None, 0])

@@ -334,6 +334,18 @@ def test_a_store_that_cannot_be_had_is_a_rendezvous_error_with_its_cause(alice):
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
+def test_a_file_in_a_directory_that_is_not_there_is_an_error_after_the_timeout(alice, tmp_path):
+    with pytest.raises(RendezvousError, match=f"there is no directory {tmp_path}/absent"):
+        join(alice.record, alice.listener, f"file://{tmp_path}/absent/store", 0, 1, 0.2)
+
+
+def test_the_directory_of_a_file_may_come_later(cast, tmp_path):
+    cast.start("alice", 0, 1, f"file://{tmp_path}/late/store")
+    time.sleep(0.2)
+    (tmp_path / "late").mkdir()
+    assert_all_linked([cast.outcome(0)], ["alice"])
+
+
 # Deaths
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlparse, urlunparse
 
@@ -65,7 +67,8 @@ def job_name(init_method: str) -> str:
 def check_numbers(rank: Any, world_size: Any) -> None:
     """Raise ``UsageError`` when a rank or a world size is not even an integer."""
     for what, number in (("rank", rank), ("world_size", world_size)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+        is_left_out = number is None and what == "world_size"  # a rank is left out by -1
+        if not is_left_out and (isinstance(number, bool) or not isinstance(number, int)):
             raise UsageError(f"{what} is an integer, got {number!r}")
 
 
@@ -178,6 +181,8 @@ def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -
     scheme = scheme_of(init_method)
     timeout = timedelta(seconds=min(timeout_s, _LONGEST_STORE_TIMEOUT_S))
     parts = urlparse(init_method)
+    if scheme == "file" and parts.path:
+        _wait_for_directory_of(Path(parts.path), init_method, timeout_s)
     settings = {key: value for key, value in parse_qsl(parts.query) if key not in ("rank", "world_size")}
     if rank >= 0:
         settings["rank"] = str(rank)
@@ -191,6 +196,18 @@ def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -
     except RuntimeError as error:
         raise RendezvousError(f"rank {rank} found no c10d store by {init_method}: {error}") from error
     return store
+
+
+def _wait_for_directory_of(file: Path, init_method: str, timeout_s: float) -> None:
+    """Wait for the directory, which another worker may be about to make.
+
+    Left to itself a c10d store waits for minutes, deaf to Ctrl-C.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not file.parent.is_dir():
+        if time.monotonic() > deadline:
+            raise RendezvousError(f"{init_method}: there is no directory {file.parent}")
+        time.sleep(0.01)
 
 
 def _settings(init_method: str) -> dict[str, str]:
