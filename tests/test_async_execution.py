@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastref.rpc as rpc
-from fastref.errors import RemoteError
+from fastref.errors import CallTimeout, RemoteError
 from fastref.rpc.functions import async_execution
 from fastref.rref import current_wiring
 from tests import work
@@ -137,6 +137,24 @@ def hold() -> Any:
 
 
 held = async_execution(hold)
+
+
+@in_job
+@pytest.mark.parametrize("way", ["sync", "async", "remote", "fetch"])
+def test_nobody_waits_for_a_future_longer_than_its_caller(way: str) -> None:
+    with pytest.raises(CallTimeout):
+        if way == "sync":
+            rpc.rpc_sync("w1", held, timeout=0.1)
+        elif way == "async":
+            rpc.rpc_async("w1", held, timeout=0.1).wait()
+        elif way == "remote":
+            rpc.remote("w1", held, timeout=0.1).to_here()
+        else:
+            rpc.remote("w1", held, timeout=0.2).to_here(timeout=0.1)
+    while rpc.rpc_sync("w1", awaited):
+        time.sleep(0.05)
+    assert rpc.rpc_sync("w1", release_all) == 1  # it comes all the same, and reaches nobody
+    assert rpc.rpc_sync("w1", work.add, (1, 2)) == 3
 
 
 def release_all() -> int:

@@ -306,6 +306,31 @@ def test_leaving_ends_the_wait_for_answers_that_did_not_come(spawn_workers: Star
     spawn_workers(leave_with_a_stuck_call, [(rank, name) for rank in range(2)]).join()
 
 
+@rpc.functions.async_execution
+def answer_never() -> torch.futures.Future:
+    return torch.futures.Future()
+
+
+def leave_with_an_answer_that_never_comes(rank: int, init_method: str) -> None:
+    join(rank, 2, init_method)
+    if rank == 0:
+        with pytest.raises(CallTimeout):
+            rpc.rpc_sync("w1", answer_never, timeout=0.1)
+    rpc.shutdown()
+    join(rank, 2, init_method)
+    if rank == 0:
+        rpc.rpc_async("w1", answer_never, timeout=0)
+        rpc.shutdown(graceful=False)
+    else:
+        time.sleep(0.5)
+        with pytest.raises(CallTimeout, match="and 1 wait here for the future that their function returned"):
+            rpc.shutdown(timeout=0.5)
+
+
+def test_leaving_waits_for_no_future_that_its_caller_has_given_up(spawn_workers: Start, name: str) -> None:
+    spawn_workers(leave_with_an_answer_that_never_comes, [(rank, name) for rank in range(2)]).join()
+
+
 def leave_from_many_threads(rank: int, init_method: str) -> None:
     for _ in range(5):
         join(rank, 2, init_method)

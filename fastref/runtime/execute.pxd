@@ -30,11 +30,14 @@ cdef class Job:
 cdef class Executor(ReferenceCaller):
     cdef public object around       # calls functions in our place, while a profile of all that is served is on; None
     cdef readonly uint64_t futures_awaited  # functions marked by async_execution that have returned, but not answered
+    cdef set awaiting               # their jobs
 
     cdef Encoder execute(self, Job job, int* flags)
     cdef Encoder conclude(self, Job job, int* flags)
     cdef Encoder conclude_failed(self, Job job, object error, int* flags)
     cdef int _answer_when_done(self, Job job) except -1
+    cdef bint _claim(self, Job job) except -1
+    cdef int _answer_with(self, Job job, object future) except -1
     cdef int unpark(self, list jobs) except -1
     cdef void answered_to(self, uint32_t cpu) noexcept
     cdef object call_target(self, Job job)

@@ -26,7 +26,7 @@ from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD
 
 from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
-from fastref.errors import PeerError, ProtocolError, RemoteError, ResourceError
+from fastref.errors import CallTimeout, PeerError, ProtocolError, RemoteError, ResourceError
 from fastref.futures import Future
 
 __all__ = ["Executor", "Job"]
@@ -44,6 +44,10 @@ cdef extern from "Python.h":
     PyObject* PyMethod_GET_FUNCTION(object)
 
 cdef str MARK = "_wrapped_async_rpc_function"
+
+cdef enum:
+    GRACE_NS = 1000000000  # after a call's time, so that its caller has given up himself
+
 
 cdef class Job:
     """One frame that takes code of the program to deal with."""
@@ -64,6 +68,9 @@ cdef class Job:
 
 cdef class Executor(ReferenceCaller):
     """The part of a runtime that runs jobs and settles their outcomes."""
+
+    def __cinit__(self):
+        self.awaiting = set()
 
     cdef Encoder execute(self, Job job, int* flags):
         """Run a job; returns the encoded answer, or None when there is none to give (yet)."""
@@ -151,35 +158,62 @@ cdef class Executor(ReferenceCaller):
         _require_future(future)
         job.parked = True  # it is not served yet
         self.futures_awaited += 1
+        self.awaiting.add(job)
         try:
             future.add_done_callback(functools.partial(self._future_done, job))
         except BaseException:
+            self.awaiting.discard(job)
             self.futures_awaited -= 1
             job.parked = False
             raise
         return 0
 
     def _future_done(self, job: Job, future) -> None:
-        cdef Job done = job
-        cdef Encoder body
-        cdef int flags = 0
         if self.fork_count != forks_so_far():
             return  # a child that ``os.fork`` made: its parent answers
+        if self._claim(job):
+            self._answer_with(job, future)
+
+    def give_up_futures(self) -> None:
+        """Have done with futures that have not come in their calls' time: nobody wants them, and leaving must not wait."""
+        cdef int64_t now = fr_now_ns()
+        cdef Job job
+        for item in list(self.awaiting):
+            job = <Job>item
+            if job.head.deadline_ns and now > job.head.deadline_ns + GRACE_NS and self._claim(job):
+                self._answer_with(job, None)
+                job.references = []  # the future may live on, and refers to the job
+
+    cdef bint _claim(self, Job job) except -1:
+        """True for one only: who is to answer a job whose function has returned a future."""
+        try:
+            self.awaiting.remove(job)
+        except KeyError:
+            return False
+        return True
+
+    cdef int _answer_with(self, Job job, object future) except -1:
+        """Answer a job with the result of a future; None: it did not come in time."""
+        cdef Encoder body
+        cdef int flags = 0
         try:
             try:
-                done.body = future.value()
-                body = self.conclude(done, &flags)
+                if future is None:
+                    raise CallTimeout("the future of a function marked by async_execution did not come in its call's time")
+                job.body = future.value()
+                body = self.conclude(job, &flags)
             except BaseException as error:
-                body = self.conclude_failed(done, error, &flags)
+                body = self.conclude_failed(job, error, &flags)
             if body is not None:
                 try:
-                    self.answer(done, body, flags)
+                    self.answer(job, body, flags)
                 except PeerError as error:
                     logger.debug("nobody is left to answer: %s", error)
                 self.encoder_done(body)
         finally:
             self.calls_served += 1
             self.futures_awaited -= 1
+        return 0
 
     cdef int unpark(self, list jobs) except -1:
         """Queue jobs whose value is there now."""

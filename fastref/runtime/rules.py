@@ -389,6 +389,7 @@ class RuleKeeper(Server):
             peer.free(self.arena)
             self._delete_what_is_gone(peer)
         self.expire()
+        self.give_up_futures()
         if self.table.is_flagged() or self.watched:
             self.wake_leader()
 

@@ -467,9 +467,10 @@ class Runtime(GroupKeeper):
 
     def _not_quiet(self, missing: set[int]) -> CallTimeout:
         names = [self.peers[rank].name for rank in sorted(missing)]
+        others = f"workers {names} have not called it, or are still busy; " if names else ""
         return CallTimeout(
-            f"shutdown: workers {names} have not called it, or are still busy; {self.calls_pending} calls of"
-            f" {self.info} have no answer and {self.running} run here"
+            f"shutdown: {others}{self.calls_pending} calls of {self.info} have no answer, {self.running} run here, and"
+            f" {self.futures_awaited} wait here for the future that their function returned"
         )
 
     def _loosen_leases(self) -> None:
