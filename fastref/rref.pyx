@@ -322,9 +322,9 @@ cdef class RRef:
         self.wiring.check_creation(self)
         if self.wiring.closed or self.wiring.users_deleted:
             raise UsageError(f"{self._describe()} has been deleted. Cannot call fork an UserRRef after deletion.")
-        number = self.wiring.hand_over(self)
+        number, type_name = self.wiring.hand_over(self)
         return (self.fork.owner, self.fork.rref_created_on, self.fork.rref_local, self.wiring.rank, number, self.wiring.rank,
-                self.type_str or "PyObject")
+                type_name)
 
     @staticmethod
     def _deserialize(fork_data: tuple):

@@ -64,6 +64,32 @@ def test_a_type_that_could_not_be_had_in_time_may_be_asked_for_again() -> None:
 
 
 @in_job
+def test_the_fork_data_of_a_value_names_its_type_as_torch_does() -> None:
+    for value, name in [
+        (1, "int"),
+        (torch.ones(1), "Tensor"),
+        ([1.5], "List[float]"),
+        ({"a": torch.ones(1)}, "Dict[str, Tensor]"),
+        (None, "NoneType"),
+        ([], "PyObject"),
+        (torch.nn.Linear(1, 1), "PyObject"),
+        (work.Counter(), "PyObject"),
+    ]:
+        rref = rpc.RRef(value)
+        fork = rref._serialize()
+        assert fork[6] == name
+        assert rpc.RRef._deserialize(fork).local_value() is value
+    elsewhere = rpc.remote("w1", work.echo, (1,))
+    fork = elsewhere._serialize()
+    assert fork[6] == "PyObject"
+    assert rpc.rpc_sync("w2", fetch_forked, (fork,)) == 1
+
+
+def fetch_forked(fork: tuple[Any, ...]) -> Any:
+    return rpc.RRef._deserialize(fork).to_here()
+
+
+@in_job
 def test_the_future_of_a_creation_tells_why_it_failed() -> None:
     assert rpc.remote("w1", work.echo, (1,))._get_future().wait() is None
     assert rpc.RRef(1)._get_future().wait() is None

@@ -11,14 +11,17 @@ import torch
 from fastref.errors import UsageError
 
 __all__ = [
+    "ANY_TYPE",
     "find_script_function",
     "load_script_module",
     "reduce_script_function",
     "reduce_script_module",
+    "type_name",
     "type_string",
 ]
 
 _PREFIX = "__torch__."
+ANY_TYPE = "PyObject"
 
 
 def reduce_script_function(function: torch.jit.ScriptFunction) -> Any:
@@ -58,6 +61,13 @@ def reduce_script_module(module: torch.jit.ScriptModule) -> Any:
 def load_script_module(data: bytes) -> Any:
     """Return the script module that ``reduce_script_module`` was given."""
     return torch.jit.load(io.BytesIO(data))
+
+
+def type_name(value: Any) -> str:
+    """Return what TorchScript calls the type of a value; ``ANY_TYPE`` when it has none for it."""
+    inferred: Any = torch._C._jit_try_infer_type(value)
+    name: str = inferred.type().annotation_str if inferred.success() else ANY_TYPE
+    return name
 
 
 def type_string(value: Any, type_hint: Any) -> str | None:

@@ -19,7 +19,7 @@ from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RRE
 import torch
 
 from fastref.codec.failures import decode_failure
-from fastref.codec.script import type_string
+from fastref.codec.script import ANY_TYPE, type_name, type_string
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, ReferenceLost, UsageError
 from fastref.futures import Future
 from fastref.rref import current_wiring
@@ -179,11 +179,14 @@ cdef class ReferenceCaller(Caller):
         handle.fork.owner = handle.fork.parent = handle.fork.rref_created_on = handle.fork.fork_created_on = self.rank
         handle.fork.rref_local = handle.fork.fork_local = number & NUMBER_MASK
 
-    def hand_over(self, rref: RRef) -> int:
-        """Hold a reference for whoever will ask for it by the number returned."""
+    def hand_over(self, rref: RRef) -> tuple:
+        """Hold a reference for whoever will ask for it by the number returned; return torch's name for its type, too."""
         number = self.ids.next() & NUMBER_MASK
         self.on_their_way[number] = rref
-        return number
+        if rref.type_str is not None:
+            return number, rref.type_str
+        is_there = rref.owned is not None and rref.owned.settled == VALUE_READY
+        return number, type_name(rref.owned.value) if is_there else ANY_TYPE
 
     def take_over(self, parent: int, number: int):
         """Return what a worker holds under a number that ``hand_over`` returned there."""
