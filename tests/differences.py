@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import math
 import os
 import signal
 import socket
@@ -99,6 +100,10 @@ def raise_key_error() -> None:
 
 def raise_value_error(text: str) -> None:
     raise ValueError(text)
+
+
+def map_over(function: Callable[[int], int], numbers: list[int]) -> list[int]:
+    return [function(number) for number in numbers]
 
 
 class Thing:
@@ -443,6 +448,19 @@ def leaving_twice_is_leaving_once(rank: int, meeting: str) -> None:
     join(rank, meeting)
     rpc.shutdown()
     rpc.shutdown()
+
+
+@difference
+def a_timeout_beyond_all_clocks_is_none() -> None:
+    for timeout in (math.inf, 1e10):
+        assert rpc.rpc_sync("w1", divmod, (7, 2), timeout=timeout) == (3, 1)
+
+
+@difference
+def a_function_without_a_name_can_be_called_and_sent() -> None:
+    offset = 3
+    assert rpc.rpc_sync("w1", lambda number: number + offset, (4,)) == 7
+    assert rpc.rpc_sync("w1", map_over, (lambda number: number + offset, [1, 2])) == [4, 5]
 
 
 @whole_difference
