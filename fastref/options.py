@@ -12,11 +12,14 @@ __all__ = ["WorkerInfo", "RpcBackendOptions", "DEFAULT_RPC_TIMEOUT_SEC", "UNSET_
 
 DEFAULT_RPC_TIMEOUT_SEC: float = 60.0
 DEFAULT_INIT_METHOD = "env://"
+ARENA_LIMIT_VARIABLE = "FASTREF_ARENA_LIMIT"
 INIT_METHOD_VARIABLE = "FASTREF_INIT_METHOD"  # set by fastref.spawn in its children
 DEFAULT_NUM_WORKER_THREADS = 16
 UNSET_RPC_TIMEOUT: float = -1.0
 
 _NAME = re.compile(r"[A-Za-z0-9-_:]*")
+_SIZE = re.compile(r"([0-9]{1,18})([KMG]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class RpcBackendOptions:
     table_capacity : int
         References that others may hold on values of this worker at once, a multiple of 64.
     arena_limit : int or None
-        Bytes of shared memory that this worker may use for payloads; None: half of the memory it may use.
+        Bytes of shared memory that this worker may use for payloads. None: what ``FASTREF_ARENA_LIMIT`` in the
+        environment says, as ``500M`` (K, M, G: powers of 1024), else half of the memory that is available when it
+        starts, at most 256 GiB. What cannot be had when it is needed, on the host or in a control group, is a
+        ResourceError.
     switch_interval : float or None
         Seconds for ``sys.setswitchinterval``; None leaves it alone. A busy owner answers after up to this long; the
         interpreter's default is 5 ms.
@@ -118,6 +124,8 @@ class RpcBackendOptions:
             raise UsageError(f"table_bits is 0 to 61, got {table_bits!r}")
         if table_capacity < 64 or table_capacity % 64 or table_capacity > 1 << 24:
             raise UsageError(f"table_capacity is a multiple of 64 up to 2**24, got {table_capacity!r}")
+        if arena_limit is None:
+            arena_limit = _size_in_environment(ARENA_LIMIT_VARIABLE)
         if arena_limit is not None and arena_limit < 0:
             raise UsageError(f"arena_limit is a number of bytes, got {arena_limit!r}")
         self.rpc_timeout = float(rpc_timeout)
@@ -127,3 +135,14 @@ class RpcBackendOptions:
         self.table_capacity = table_capacity
         self.arena_limit = arena_limit
         self.switch_interval = switch_interval
+
+
+def _size_in_environment(variable: str) -> int | None:
+    """Return the number of bytes that a variable of the environment says; None where it is not set."""
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{variable} is a number of bytes such as 500M or 2G, got {text!r}")
+    return int(match[1]) * _UNITS[match[2].upper()]

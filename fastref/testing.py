@@ -242,7 +242,7 @@ class Node(RuleKeeper):
         super().__init__(
             rank, WorkerInfo(f"worker{rank}", rank), [], Inbox(bytearray(BELL_BYTES)),
             ResponseSlots(self.slot_memory, SLOTS),
-            Arena(self.arena_memory, lambda offset, size_bytes: None, table.holder), table, IdGenerator(rank), 60.0,
+            Arena(self.arena_memory, holder=table.holder), table, IdGenerator(rank), 60.0,
         )  # fmt: skip
         self.alive = True
 

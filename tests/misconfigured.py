@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
     ),
     "arena_beyond_the_system": Case(
         trio(w1=Part("w1", 1, 3, "ResourceError", options={"arena_limit": 1 << 62})),
-        f"({COULD_NOT}.*|^)cannot map {1 << 62} bytes",
+        f"({COULD_NOT}.*|^)an arena of {1 << 62} bytes is larger than any memory",
     ),
     "full_shm": Case(trio(w1=Part("w1", 1, 3, "ResourceError", shm="8k")), f"({COULD_NOT}.*|^)/dev/shm has no room"),
     "full_shm_of_the_coordinator": Case(
@@ -309,6 +309,8 @@ DAMAGED: dict[str, Part] = {
     "slots": Part("w1", 1, 3, quirks=((damage_header, (12, b"\xff")),)),
     "capacity": Part("w1", 1, 3, quirks=((damage_header, (16, b"\x01")),)),
     "bits": Part("w1", 1, 3, quirks=((damage_header, (20, b"\x3f")),)),
+    "arena_of_half_a_page": Part("w1", 1, 3, quirks=((damage_header, (24, b"\x01")),)),
+    "arena_beyond_all_addresses": Part("w1", 1, 3, quirks=((damage_header, (30, b"\xff")),)),
 }
 
 

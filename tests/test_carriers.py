@@ -1,4 +1,4 @@
-"""The contract of a carrier, one suite over every kind; then the arena, whose blocks the shared carrier lends."""
+"""The contract of a carrier, one suite over every kind."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import random
 import struct
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fastref._core import Holder, ReferenceTable, table_sizes
 from fastref.carriers.arena import Arena
@@ -25,11 +22,6 @@ LIMIT = 1 << 20
 NO_ENTRY = 2**32 - 1
 
 
-def arena(limit: int = LIMIT) -> tuple[Arena, bytearray]:
-    memory = bytearray(limit)
-    return Arena(memory, lambda offset, size_bytes: None), memory
-
-
 def shared_carrier(entries: int = 64) -> SharedCarrier:
     """Return a carrier whose two ends stand for two processes."""
     hold_bytes, descriptor_bytes = table_sizes(64)
@@ -41,7 +33,7 @@ def shared_carrier(entries: int = 64) -> SharedCarrier:
         seen = map_fd(fd, LIMIT, writable=False)
     finally:
         os.close(fd)
-    mine = Arena(memory, lambda offset, size_bytes: None, table.holder)
+    mine = Arena(memory, holder=table.holder)
     return SharedCarrier(table, mine, PeerArena(seen, private, Holder(hold, descriptors, 64, 0)))
 
 
@@ -187,107 +179,3 @@ def test_a_full_arena_lends_nothing_and_recovers(shared):
     assert shared.bytes_lent == LIMIT // 2
     shared.give_back(held)
     shared.give_back(shared.lend(bytes(LIMIT // 2)))
-
-
-# The arena
-
-
-def test_a_block_that_came_back_is_lent_again_while_warm():
-    mine, _ = arena()
-    offset = mine.lend(100_000)
-    mine.give_back(offset)
-    assert mine.lend(100_000) == offset
-    assert mine.snapshot()["used"] < 2 * 100_000
-
-
-@pytest.mark.parametrize("size", [1, 4096, 5000, 65537, 200_000, 999_999])
-def test_at_most_an_eighth_of_a_block_is_unused(size):
-    mine, _ = arena()
-    mine.lend(size)
-    assert size <= mine.bytes_lent <= max(4096, size * 9 // 8)
-
-
-def test_memory_is_made_sure_of_before_it_is_lent():
-    committed = []
-    mine = Arena(bytearray(4 << 20), lambda offset, size_bytes: committed.append((offset, offset + size_bytes)))
-    for size in (1, 5000, 1 << 20, 1 << 20, 3):
-        offset = mine.lend(size)
-        assert committed[-1][1] >= offset + size
-    assert [start for start, _ in committed] == [0, *(end for _, end in committed[:-1])]  # no gap, nothing twice
-    assert mine.snapshot()["committed"] == committed[-1][1]
-
-
-def test_a_block_for_which_the_system_has_no_memory_is_not_lent():
-    def refuse(offset, size_bytes):
-        raise ResourceError("the system has none")
-
-    mine = Arena(bytearray(LIMIT), refuse)
-    with pytest.raises(ResourceError, match="the system has none"):
-        mine.lend(1)
-    assert mine.snapshot() == {"limit": LIMIT, "committed": 0, "used": 0, "blocks": 0, "bytes_lent": 0}
-
-
-@pytest.mark.parametrize("size", [LIMIT + 1, 2**63, 2**64 - 1])
-def test_an_absurd_block_is_refused(size):
-    mine, _ = arena()
-    with pytest.raises(ResourceError):
-        mine.lend(size)
-    assert mine.bytes_lent == 0
-
-
-@pytest.mark.parametrize("limit", [5000, 12_289])
-def test_no_block_reaches_beyond_an_arena_of_an_odd_size(limit):
-    mine, _ = arena(limit)
-    with pytest.raises(ResourceError):
-        for _ in range(10):
-            offset = mine.lend(4500)
-            assert offset + 4500 <= limit
-
-
-def test_bytes_that_do_not_fit_are_not_copied():
-    mine, memory = arena()
-    offset = mine.lend(10)
-    with pytest.raises(UsageError):
-        mine.fill(offset, bytes(4097))
-    with pytest.raises(UsageError):
-        mine.fill(offset + 1, b"x")
-    mine.fill(offset, b"ok")
-    assert memory[offset : offset + 2] == b"ok"
-
-
-class Lending(RuleBasedStateMachine):
-    """Blocks never overlap, whatever is lent and given back in whatever order."""
-
-    @initialize(limit=st.sampled_from([65536, 200_000, 1 << 20]))
-    def begin(self, limit):
-        self.arena, self.memory = arena(limit)
-        self.lent: dict[int, bytes] = {}
-
-    @rule(size=st.integers(0, 1000) | st.integers(4000, 40_000), fill=st.integers(0, 255))
-    def lend(self, size, fill):
-        try:
-            offset = self.arena.lend(size)
-        except ResourceError:
-            return
-        assert offset % 4096 == 0 and offset not in self.lent
-        self.lent[offset] = bytes([fill]) * size
-        self.arena.fill(offset, self.lent[offset])
-
-    @rule(pick=st.integers(0, 99))
-    def give_back(self, pick):
-        if self.lent:
-            offset = sorted(self.lent)[pick % len(self.lent)]
-            del self.lent[offset]
-            self.arena.give_back(offset)
-
-    @invariant()
-    def blocks_hold_what_was_put_in(self):
-        for offset, data in getattr(self, "lent", {}).items():
-            assert self.memory[offset : offset + len(data)] == data
-
-    def teardown(self):
-        assert self.arena.snapshot()["blocks"] == len(self.lent)
-
-
-TestLending = Lending.TestCase
-TestLending.settings = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))

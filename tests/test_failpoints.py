@@ -50,6 +50,8 @@ AT_START = [point for point in POINTS if point.startswith(("segment.", "rendezvo
 AT_END = [point for point in POINTS if point.startswith("shutdown.")]
 # Passed only in groups that workers join and leave: test_dynamic_groups.py.
 IN_GROUPS = [point for point in POINTS if point.startswith("group.")]
+# Passed when the arena grows, and when what is idle goes: test_arena_files.py.
+FILES = [point for point in POINTS if point.startswith("file.")]
 # Passed when somebody else has died.
 IN_REMOVAL = [point for point in POINTS if point.startswith("removal.") or point == "table.peer_half_removed"]
 # Passed only where somebody has no bit in a table, and so holds by messages.
@@ -61,7 +63,7 @@ ABROAD = [
     "delete.queued",
     "delete.applied",
 ]
-RUNNING = [point for point in POINTS if point not in {*AT_START, *AT_END, *IN_GROUPS, *IN_REMOVAL, *ABROAD}]
+RUNNING = [point for point in POINTS if point not in {*AT_START, *AT_END, *IN_GROUPS, *FILES, *IN_REMOVAL, *ABROAD}]
 # With one bit in each table, w0 has one everywhere: it asks nobody, and tells nobody what it has let go.
 NEVER_PASSED = {("fork.requested", "owner"), ("fork.accepted", "owner"), ("delete.queued", "owner")}
 
@@ -84,7 +86,7 @@ def combinations(of: list[str]) -> list[Any]:
 def test_the_sources_have_failpoints() -> None:
     assert {"ring.reserved", "table.during_reap", "call.running", "slot.writing"} <= set(POINTS)
     assert set(ABROAD) <= set(POINTS)
-    for group in (AT_START, AT_END, IN_REMOVAL, RUNNING):
+    for group in (AT_START, AT_END, FILES, IN_REMOVAL, RUNNING):
         assert group
 
 

@@ -184,10 +184,10 @@ def sums_kept() -> list[float]:
 def test_memory_is_used_again() -> None:
     for _ in range(5):
         rpc.rpc_sync("w1", work.checksum, (torch.ones(SIZE),))
-    used = current_wiring().snapshot()["arena"]["used"]
+    used = current_wiring().snapshot()["arena"]["committed"]
     for _ in range(300):
         rpc.rpc_sync("w1", work.checksum, (torch.ones(SIZE),))
-    assert current_wiring().snapshot()["arena"]["used"] <= used + 4 * SIZE * 4
+    assert current_wiring().snapshot()["arena"]["committed"] <= used + 4 * SIZE * 4
 
 
 @in_job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -68,6 +69,71 @@ def test_messages_and_descriptors_arrive_whole_and_in_order(pair):
         message.close()
     with pytest.raises(BlockingIOError):
         there.receive_message()
+
+
+def test_messages_with_a_handler_are_acted_upon_by_whoever_reads_and_the_others_kept_in_order(pair):
+    here, there = pair
+    handled = []
+    there.handlers["file"] = lambda message: handled.append(message.body["n"])
+    for n in range(6):
+        here.send_message("file" if n % 2 else "other", {"n": n})
+    there.read_ahead(lambda: len(handled) == 3)
+    assert handled == [1, 3, 5]
+    here.send_message("other", {"n": 6})
+    assert [there.receive_message().body["n"] for _ in range(4)] == [0, 2, 4, 6]
+    here.send_message("file", {"n": 7})
+    with pytest.raises(BlockingIOError):
+        there.receive_message()
+    assert handled == [1, 3, 5, 7]
+
+
+def test_reading_ahead_ends_when_nothing_comes_and_when_nothing_can_come(pair):
+    here, there = pair
+    there.read_ahead(lambda: False)
+    handled = []
+    there.handlers["file"] = lambda message: handled.append(message.body["n"])
+    here.send_message("file", {"n": 1})
+    here.close()
+    there.read_ahead(lambda: False)
+    assert handled == [1]
+    assert there.receive_message() is None
+    there.close()
+    there.read_ahead(lambda: False)
+
+
+def test_another_thread_may_read_what_is_awaited(pair):
+    here, there = pair
+    handled = []
+    there.handlers["file"] = lambda message: handled.append(message.body["n"])
+    thread = threading.Thread(target=there.read_ahead, args=(lambda: bool(handled),))
+    thread.start()
+    here.send_message("file", {"n": 1})
+    while not handled:
+        with pytest.raises(BlockingIOError):
+            there.receive_message()
+    thread.join()
+    assert handled == [1]
+
+
+def test_what_is_posted_to_one_who_does_not_read_waits_and_arrives_in_order(pair):
+    here, there = pair
+    count = 0
+    while here.post_message("numbered", {"n": count, "filler": "x" * 10_000}):
+        count += 1
+    for later in range(1, 4):
+        assert not here.post_message("numbered", {"n": count + later})
+    assert here.is_behind
+    received = []
+    while len(received) < count + 4:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                received.append(there.receive_message().body["n"])
+        here.flush_posts()
+    assert received == list(range(count + 4))
+    assert not here.is_behind
+    there.close()
+    with pytest.raises(WorkerDied):
+        here.post_message("numbered", {})
 
 
 def test_what_was_sent_before_the_end_is_received_before_the_end(pair):

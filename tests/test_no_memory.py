@@ -17,6 +17,7 @@ from tests import puppets
 from tests.puppets import Puppet, Troupe, troupe_fixture  # noqa: F401
 
 LARGE_BYTES = 32 << 20
+SMALL_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -133,12 +134,19 @@ def test_no_memory_for_more_of_the_table_is_an_error_where_the_value_is(troupe: 
     troupe.leave(crew)
 
 
-def test_a_running_job_needs_no_new_memory_file(troupe: Troupe) -> None:
+def test_small_messages_need_no_new_memory_file_and_large_ones_without_are_an_error(troupe: Troupe) -> None:
     w0, w1 = crew = troupe.start(2)
     with refused(w0, refuse_files), refused(w1, refuse_files):
-        assert w0.do(rpc.rpc_sync, "w1", length, (bytes(LARGE_BYTES),)) == LARGE_BYTES
-        assert w0.do(fetch, "w1", make_bytes, LARGE_BYTES) == LARGE_BYTES
+        assert w0.do(rpc.rpc_sync, "w1", length, (bytes(SMALL_BYTES),)) == SMALL_BYTES
+        assert w0.do(fetch, "w1", make_bytes, SMALL_BYTES) == SMALL_BYTES
+        with pytest.raises(ResourceError, match="cannot create .* bytes of shared memory") as caught:
+            w0.do(rpc.rpc_sync, "w1", length, (bytes(LARGE_BYTES),))
+        assert not isinstance(caught.value, RemoteError)
+        with pytest.raises(ResourceError, match="cannot create .* bytes of shared memory"):
+            w0.do(fetch, "w1", make_bytes, LARGE_BYTES)
         check_empty(crew)
+    assert w0.do(rpc.rpc_sync, "w1", length, (bytes(LARGE_BYTES),)) == LARGE_BYTES
+    assert w0.do(fetch, "w1", make_bytes, LARGE_BYTES) == LARGE_BYTES
     troupe.leave(crew)
 
 

@@ -303,6 +303,17 @@ static inline void fr_leases_detach(struct fr_leases *of)
     pthread_mutex_unlock(&of->lock);
 }
 
+/* Whether something in a range is leased now. */
+static inline int fr_leases_any(struct fr_leases *of, uint64_t offset, uint64_t size)
+{
+    int any = 0;
+    pthread_mutex_lock(&of->lock);
+    for (struct fr_lease *lease = of->living; lease && !any; lease = lease->next)
+        any = lease->start < of->base + offset + size && of->base + offset < lease->start + lease->size;
+    pthread_mutex_unlock(&of->lock);
+    return any;
+}
+
 /* ---- all of a process, for fork(): a child's copies must not change when the parent gives a block back */
 
 static pthread_mutex_t fr_leases_lock = PTHREAD_MUTEX_INITIALIZER;

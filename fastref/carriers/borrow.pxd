@@ -28,13 +28,21 @@ cdef class Lease:
 cdef void drop_lease(fr_lease* lease) noexcept nogil
 
 
+cdef struct Part:
+    uint64_t start, end
+
+
 cdef class PeerArena:
     cdef const char* base
     cdef readonly uint64_t size_bytes
-    cdef object _memory, _private
+    cdef Part* parts                # the files that are mapped
+    cdef int part_count
+    cdef object _memory, _private, _look
     cdef Holder _holder
     cdef void* leases
 
+    cdef int check(self, uint64_t offset, uint64_t size_bytes) except -1
+    cdef bint has(self, uint64_t offset, uint64_t size_bytes) noexcept
     cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL
     cdef Lease take(self, uint64_t offset, uint64_t size_bytes, uint32_t index, uint32_t generation,
                     uint32_t site)

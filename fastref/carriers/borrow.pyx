@@ -1,10 +1,13 @@
 """The borrower's half of the shared carrier: blocks that a peer lends, read in place or leased."""
 
+from functools import partial
+
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memmove
 
 from fastref._core cimport FR_FAILPOINT, Holder, failpoints, fr_failpoints_here, fr_holder
 
@@ -23,6 +26,7 @@ cdef extern from "fr_lease.h" nogil:
     void fr_lease_drop(fr_lease*)
     void fr_leases_detach(fr_leases*)
     bint fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(void*) noexcept nogil, void*)
+    int fr_leases_any(fr_leases*, uint64_t, uint64_t)
     void fr_leases_end(fr_leases*)
     void fr_leases_watch_forks()
 
@@ -93,19 +97,25 @@ cdef class PeerArena:
     Parameters
     ----------
     memory : buffer
-        The peer's arena, mapped read-only.
+        All addresses of the peer's arena; its files are mapped there read-only.
     private : buffer, optional
-        The same, mapped copy-on-write. Without it nothing is leased.
+        The same, with the files mapped copy-on-write. Without it nothing is leased.
     holder : Holder, optional
         What this process holds of the peer's table. Without it nothing is leased.
+    look : callable, optional
+        ``look(has)`` reads what the peer has sent about its files until ``has()`` or nothing more comes. Without it there
+        is one file, behind all addresses.
     """
 
-    def __cinit__(self, memory, private=None, holder: Holder | None = None):
+    def __cinit__(self, memory, private=None, holder: Holder | None = None, look=None):
         cdef const unsigned char[::1] room = memory
         cdef unsigned char[::1] own
         self._memory = memoryview(memory)
         self.base = <const char*>&room[0]
         self.size_bytes = room.shape[0]
+        self._look = look
+        if look is None:
+            self.add_file(0, self.size_bytes)
         if private is None or holder is None or sysconf(_SC_PAGESIZE) != FR_PAGE:
             return
         own = private
@@ -124,11 +134,75 @@ cdef class PeerArena:
         if self.leases != NULL:
             fr_leases_end(<fr_leases*>self.leases)
             free(self.leases)
+        free(self.parts)
+
+    def add_file(self, offset: int, size_bytes: int) -> None:
+        """Note that a file is mapped from ``offset`` on.
+
+        Raises
+        ------
+        ProtocolError
+            When it reaches beyond the addresses, or another is there already.
+        """
+        cdef uint64_t start = offset, size = size_bytes
+        cdef int i
+        if start > self.size_bytes or size > self.size_bytes - start:
+            raise ProtocolError(f"a file of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
+        for i in range(self.part_count):
+            if start < self.parts[i].end and self.parts[i].start < start + size:
+                raise ProtocolError(f"a file of {size_bytes} bytes at {offset} lies where another one is")
+        more = <Part*>realloc(self.parts, (self.part_count + 1) * sizeof(Part))
+        if more == NULL:
+            raise MemoryError()
+        self.parts = more
+        more[self.part_count].start, more[self.part_count].end = start, start + size
+        self.part_count += 1
+
+    def remove_file(self, offset: int) -> int:
+        """Note that a file is about to be unmapped; returns its size.
+
+        Raises
+        ------
+        ProtocolError
+            When there is none, or something in it is still leased.
+        """
+        cdef int i
+        cdef uint64_t size
+        for i in range(self.part_count):
+            if self.parts[i].start == <uint64_t>offset:
+                size = self.parts[i].end - self.parts[i].start
+                if self.leases != NULL and fr_leases_any(<fr_leases*>self.leases, offset, size):
+                    raise ProtocolError(f"the file at {offset} is taken away while some of it is leased")
+                self.part_count -= 1
+                memmove(self.parts + i, self.parts + i + 1, (self.part_count - i) * sizeof(Part))
+                return size
+        raise ProtocolError(f"no file begins at {offset}")
+
+    def covers(self, offset: int, size_bytes: int) -> bool:
+        """Whether a range lies in a file that is mapped."""
+        return self.has(offset, size_bytes)
+
+    cdef bint has(self, uint64_t offset, uint64_t size_bytes) noexcept:
+        cdef int i
+        for i in range(self.part_count):
+            if self.parts[i].start <= offset <= self.parts[i].end:
+                if size_bytes <= self.parts[i].end - offset:
+                    return True
+        return False
+
+    cdef int check(self, uint64_t offset, uint64_t size_bytes) except -1:
+        """Make sure that a block lies in a file that is mapped: the peer may have sent one that nobody has read of."""
+        if not self.has(offset, size_bytes):
+            if self._look is not None:
+                self._look(partial(self.covers, offset, size_bytes))
+            if not self.has(offset, size_bytes):
+                raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside the files of an arena of "
+                                    f"{self.size_bytes}")
+        return 0
 
     cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL:
         """The bytes of a block whose sender still pins it."""
-        if offset > self.size_bytes or size_bytes > self.size_bytes - offset:
-            raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
+        self.check(offset, size_bytes)
         FR_FAILPOINT("arena.borrowed")
         return self.base + offset
 
@@ -141,6 +215,7 @@ cdef class PeerArena:
         cdef int why, first
         if index == NO_ENTRY or self.leases == NULL:
             return None
+        self.check(offset, size_bytes)
         lease = Lease.__new__(Lease)
         lease.lease = fr_lease_take(<fr_leases*>self.leases, offset, size_bytes, index, generation, site, &why, &first)
         if lease.lease == NULL:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
-from collections.abc import Mapping
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastref.errors import CallTimeout, ProtocolError, RendezvousError, WorkerDied
+from fastref.errors import CallTimeout, ProtocolError, RendezvousError, ResourceError, WorkerDied
 from fastref.rendezvous.connection import Connection, Message, peer_of, socket_address
 from fastref.rendezvous.fields import read_integer, read_object, read_text
 from fastref.rendezvous.records import WorkerRecord, describe
@@ -49,6 +53,8 @@ Segments = Mapping[str, tuple[int, int]]
 """Label -> (descriptor, size in bytes)."""
 
 _BACKLOG = 4096
+_READ_AHEAD_S = 1.0  # what is awaited there was sent before; a peer that lies costs so much, once
+_READ_AHEAD_STEP_S = 0.005
 
 
 class Listener:
@@ -162,12 +168,20 @@ class Link(Connection):
         The worker at the other end.
     descriptors : dict
         Label -> (descriptor, size in bytes) as received; ``take`` moves one out, ``close`` closes the rest.
+    handlers : dict
+        Kind -> ``handler(message)`` for messages that are acted upon as they are read, in their order, by whichever
+        thread reads; it owns the descriptors. ``receive_message`` returns the others.
     """
 
     def __init__(self, connection: Connection, record: WorkerRecord) -> None:
         super().__init__(connection.socket, connection.pid, connection.pidfd)
         self.record = record
         self.descriptors: dict[str, tuple[int, int]] = {}
+        self.handlers: dict[str, Callable[[Message], None]] = {}
+        # Both may be taken again by the thread that holds them: a destructor of the program may run at any line.
+        self._reading, self._posting = threading.RLock(), threading.RLock()
+        self._set_aside: deque[Message] = deque()
+        self._posts: deque[tuple[str, Mapping[str, Any], Segments | None]] = deque()
 
     def send_message(
         self,
@@ -194,6 +208,88 @@ class Link(Connection):
         except TimeoutError as error:
             raise CallTimeout(f"worker {self.record}: {error}", self.record.name) from error
 
+    def post_message(self, kind: str, body: Mapping[str, Any], descriptors: Segments | None = None) -> bool:
+        """Send one message now, or later, when the peer has read others; ``flush_posts`` tries again.
+
+        The descriptors must stay open until then. Messages arrive in the order in which they were posted.
+
+        Returns
+        -------
+        bool
+            Whether nothing waits.
+
+        Raises
+        ------
+        WorkerDied
+            The peer is gone.
+        """
+        with self._posting:
+            self._posts.append((kind, body, descriptors))
+            return self.flush_posts()
+
+    def flush_posts(self) -> bool:
+        """Send what was posted and not sent yet, as far as there is room; True when nothing is left.
+
+        Raises
+        ------
+        WorkerDied
+            The peer is gone.
+        """
+        with self._posting:
+            while self._posts:
+                try:
+                    self.send_message(*self._posts[0])
+                except (CallTimeout, ResourceError):  # no room; or too many descriptors are on their way to it
+                    return False
+                self._posts.popleft()
+        return True
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether messages wait until the peer has read others."""
+        return bool(self._posts)
+
+    def receive_message(self) -> Message | None:
+        """As ``Connection.receive_message``; acts on messages that have a handler, and returns the next that has none."""
+        with self._reading:
+            if self._set_aside:
+                return self._set_aside.popleft()
+            while True:
+                message = super().receive_message()
+                if message is None or message.kind not in self.handlers:
+                    return message
+                self.handlers[message.kind](message)
+
+    def read_ahead(self, enough: Callable[[], bool]) -> None:
+        """Act on messages that have a handler until ``enough()``; set the others aside for ``receive_message``.
+
+        For a thread that has been told by other means that the peer has sent something. Returns also when the peer has
+        closed its end or its process has ended, and after a second.
+        """
+        deadline = time.monotonic() + _READ_AHEAD_S
+        while not enough():
+            gone = self.fileno() < 0 or self.is_gone()  # before the reading: what it sent before its end is there
+            with self._reading:
+                self._read_waiting()
+            if enough() or gone or time.monotonic() > deadline:
+                return
+            poller = select.poll()
+            poller.register(self.pidfd, select.POLLIN)  # who reads the socket may be another thread
+            poller.poll(_READ_AHEAD_STEP_S * 1e3)
+
+    def _read_waiting(self) -> None:
+        while self.fileno() >= 0:
+            try:
+                message = super().receive_message()
+            except OSError:  # nothing is there; or what is wrong with it will be seen by who watches it
+                return
+            if message is None:
+                return
+            if message.kind in self.handlers:
+                self.handlers[message.kind](message)
+            else:
+                self._set_aside.append(message)
+
     def take(self, label: str) -> tuple[int, int]:
         """Move a received descriptor to the caller, who closes it: (descriptor, size in bytes).
 
@@ -210,6 +306,10 @@ class Link(Connection):
     def close(self) -> None:
         """Close the connection and the descriptors that nobody took; idempotent."""
         super().close()
+        self.handlers.clear()  # whose they are should go with its last user, not with a garbage collection
+        self._posts.clear()
+        while self._set_aside:
+            self._set_aside.popleft().close()
         while self.descriptors:
             os.close(self.descriptors.popitem()[1][0])
 

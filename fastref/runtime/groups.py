@@ -157,6 +157,7 @@ class GroupKeeper(Holdings):
                 self._links[record.rank] = link
             try:
                 link.send_welcome(self.record, self._memory.for_peer(ring_fd))
+                self._memory.files.introduce(record.rank, link)
             except PeerError as error:
                 logger.debug("a newcomer has gone already: %s", error)  # the monitor will see that
         finally:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import struct
 
-from fastref._core import failpoint, table_sizes
+from fastref._core import Holder, failpoint, table_sizes
+from fastref.carriers.arena import Arena
 from fastref.channels.channel import BELL_BYTES
 from fastref.channels.shm import RING_SIZE, ring_bytes
 from fastref.channels.slots import slot_bytes
 from fastref.errors import ProtocolError
 from fastref.options import RpcBackendOptions
 from fastref.rendezvous import Link
+from fastref.runtime.files import LARGEST_SPAN, OwnFiles, PeerFiles
 from fastref.segments import (
     InstanceLock,
     allocate,
@@ -19,7 +21,6 @@ from fastref.segments import (
     create_control,
     create_memfd,
     map_fd,
-    map_private,
     seal,
 )
 from fastref.segments.budget import available_bytes
@@ -31,14 +32,27 @@ LAYOUT = 5  # of everything below and in the C headers; peers of another layout 
 
 # The control segment: a header that peers check, the bell, the response slots.
 MAGIC = b"fastref\0"
-HEADER = struct.Struct("=8sIIII")  # magic, layout, response slots, table capacity, table bits
+HEADER = struct.Struct("=8sIIIIQ")  # magic, layout, response slots, table capacity, table bits, bytes of the arena
 BELL_OFFSET = 4096
 SLOTS_OFFSET = 8192
 SLOTS = 64
 CONTROL_BYTES = SLOTS_OFFSET + slot_bytes(SLOTS)
+LARGEST_DEFAULT = 256 << 30  # bytes of an arena
 TABLE_STEP = 4096  # entries whose memory is made sure of at once
 
 assert BELL_OFFSET + BELL_BYTES <= SLOTS_OFFSET
+
+
+def arena_limit(options: RpcBackendOptions) -> int:
+    """Return how many bytes of shared memory a worker with these options may use for payloads, whole pages.
+
+    Several workers share a host, and each may use half of what is available: what is really there is looked at whenever
+    an arena grows. A bound all the same, since each worker reserves addresses for all arenas of its peers.
+    """
+    limit = options.arena_limit
+    if limit is None:
+        limit = min(max(available_bytes() // 2, 1 << 20), LARGEST_DEFAULT)
+    return max(limit // 4096, 1) * 4096
 
 
 class OwnMemory:
@@ -56,24 +70,21 @@ class OwnMemory:
         self._rings: dict[int, Mapping] = {}
         self.capacity = options.table_capacity
         self.usable = 0
-        limit = options.arena_limit
-        if limit is None:
-            limit = max(available_bytes() // 2, 1 << 20)
-        self.arena_bytes = max(limit // 4096, 1) * 4096
+        self.files = OwnFiles(arena_limit(options))
+        self._fds["arena"] = self.files.first
         try:
             control = create_control(CONTROL_BYTES, lock.identity)
             self._fds["control"] = (control.fd, CONTROL_BYTES)
             self.control = map_fd(control.fd, CONTROL_BYTES, writable=True)
-            header = HEADER.pack(MAGIC, LAYOUT, SLOTS, self.capacity, options.table_bits)
+            header = HEADER.pack(
+                MAGIC, LAYOUT, SLOTS, self.capacity, options.table_bits, self.files.span_bytes
+            )  # fmt: skip
             memoryview(self.control)[: len(header)] = header
             hold_bytes, descriptor_bytes = table_sizes(self.capacity)
             self.hold = self._create("hold", hold_bytes)
             self.descriptors = self._create("descriptors", descriptor_bytes)
-            self.arena = self._create("arena", self.arena_bytes)
-            self.arena_private = map_private(*self._fds["arena"])
-            # Peers can never map these writable; this process's own mappings are older than the seal.
-            for label in ("descriptors", "arena"):
-                seal(self._fds[label][0], future_write=True)
+            # Peers can never map it writable; this process's own mapping is older than the seal.
+            seal(self._fds["descriptors"][0], future_write=True)
             self.extend_table()
         except BaseException:
             self.close()
@@ -113,9 +124,9 @@ class OwnMemory:
         self.usable = wanted
         return wanted
 
-    def commit_arena(self, offset: int, size_bytes: int) -> None:
-        """Make sure of the memory of a range of the arena."""
-        allocate(self._fds["arena"][0], offset, size_bytes)
+    def make_arena(self, holder: Holder) -> Arena:
+        """Return the arena over the files; ``holder``: what this process holds of its own table."""
+        return Arena(self.files.shared, self.files, holder, self.files.limit_bytes, self.files.first_bytes)
 
     def create_ring(self, rank: int) -> tuple[int, Mapping]:
         """Make a ring for a peer to write: its descriptor, which the caller closes, and the mapping.
@@ -141,6 +152,8 @@ class OwnMemory:
 
     def close(self) -> None:
         """Close the descriptors; what is mapped stays until its last user is gone. Idempotent."""
+        self._fds.pop("arena", None)
+        self.files.close()
         while self._fds:
             os.close(self._fds.popitem()[1][0])
 
@@ -158,18 +171,19 @@ class PeerMemory:
     def __init__(self, link: Link) -> None:
         self.control = self._map(link, "control", True, SLOTS_OFFSET)
         header = bytes(memoryview(self.control)[: HEADER.size])  # read once; the peer can write here
-        magic, layout, self.slot_count, self.capacity, self.bits = HEADER.unpack(header)
+        magic, layout, self.slot_count, self.capacity, self.bits, span_bytes = HEADER.unpack(header)
         if magic != MAGIC or layout != LAYOUT:
             raise ProtocolError(f"the control segment of worker {link.record} has layout {layout}, not {LAYOUT}")
         if not 1 <= self.slot_count <= 64 or SLOTS_OFFSET + slot_bytes(self.slot_count) > len(self.control):
             raise ProtocolError(f"the control segment of worker {link.record} claims {self.slot_count} response slots")
         if not 0 <= self.bits <= 61 or self.capacity % 64 or not 64 <= self.capacity <= 1 << 24:
             raise ProtocolError(f"worker {link.record} claims a table of {self.capacity} entries, {self.bits} bits")
+        if span_bytes % 4096 or not 0 < span_bytes <= LARGEST_SPAN:
+            raise ProtocolError(f"worker {link.record} claims an arena of {span_bytes} bytes")
         hold_bytes, descriptor_bytes = table_sizes(self.capacity)
         self.hold = self._map(link, "hold", True, hold_bytes)
         self.descriptors = self._map(link, "descriptors", False, descriptor_bytes)
-        self.arena_private: Mapping | None = None
-        self.arena = self._map(link, "arena", False, 1)
+        self.files = PeerFiles(span_bytes, link)
         self.ring = self._map(link, "ring", True, ring_bytes(RING_SIZE))
         failpoint("segment.mapped")
 
@@ -181,10 +195,7 @@ class PeerMemory:
             # The control segment had a name, and what has one cannot be sealed.
             if label != "control" and not cannot_shrink(fd):
                 raise ProtocolError("it is no memory file that keeps its size")
-            mapping = map_fd(fd, size_bytes, writable=writable)
-            if label == "arena":
-                self.arena_private = map_private(fd, size_bytes)
-            return mapping
+            return map_fd(fd, size_bytes, writable=writable)
         except (ProtocolError, OSError) as error:
             raise ProtocolError(f"the segment {label!r} of worker {link.record} is damaged: {error}") from error
         finally:

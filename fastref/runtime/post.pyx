@@ -6,6 +6,7 @@ from libc.string cimport memcpy, memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_relaxed, fr_failpoints_here, fr_fork,
                             fr_load32_acquire, fr_now_ns)
+from fastref.carriers.arena cimport FR_ARENA_PAGE
 from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
 from fastref.codec.payload cimport Decoder, Encoder
@@ -314,6 +315,11 @@ cdef class Post(Wiring):
         has ended. Not when half of the arena is in use: peers may keep what they lease, and a full arena refuses calls.
         """
         cdef uint64_t offset
+        if self.arena.unannounced and not self.knows_arena(peer):
+            if size + HEAD_ROOM <= peer.channel.largest:
+                return False
+            raise ResourceError(f"worker {peer.info.name!r} has not read what it was sent about shared memory, and "
+                                f"{size} bytes need some")
         if body.largest_segment >= LEASE_FROM:
             peer.release(self.arena)
             if self.table.needs_sweep():  # the blocks that leases gave back are the warm ones
@@ -325,7 +331,7 @@ cdef class Post(Wiring):
                 return False
             raise
         block.offset, block.size, block.index, block.generation = offset, size, NO_ENTRY, 0
-        if body.largest_segment >= LEASE_FROM and self.arena.bytes_lent <= self.arena.limit // 2 \
+        if body.largest_segment >= LEASE_FROM and self.arena.blocks.lent <= self.arena.blocks.limit * (FR_ARENA_PAGE // 2) \
                 and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
             try:
                 block.index, block.generation = self.open_entry()
@@ -356,6 +362,10 @@ cdef class Post(Wiring):
 
     def withdraw_copies(self) -> None:
         """Let go of copies of values that only spare their readers a question."""
+        raise NotImplementedError
+
+    def knows_arena(self, peer) -> bool:
+        """Whether a peer has been told of all files of this worker's arena."""
         raise NotImplementedError
 
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1:

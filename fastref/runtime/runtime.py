@@ -16,8 +16,6 @@ from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
 from fastref._version import __version__
-from fastref.carriers.arena import Arena
-from fastref.carriers.borrow import PeerArena
 from fastref.channels.channel import MAX_PEERS, Inbox
 from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel
@@ -190,7 +188,7 @@ class Runtime(GroupKeeper):
         )
         super().__init__(
             record.rank, WorkerInfo(record.name, record.rank), [], Inbox(memory.bell),
-            ResponseSlots(memory.slots, SLOTS), Arena(memory.arena, memory.commit_arena, table.holder), table,
+            ResponseSlots(memory.slots, SLOTS), memory.make_arena(table.holder), table,
             IdGenerator(record.rank, record.incarnation << IDS_BITS), options.rpc_timeout,
             thread_cap=options.num_worker_threads, incarnation=record.incarnation,
         )  # fmt: skip
@@ -278,7 +276,7 @@ class Runtime(GroupKeeper):
         myself = Peer(
             self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
             PeerSlots(memory.slots, SLOTS), self.table.holder,
-            PeerArena(memory.arena, memory.arena_private, self.table.holder), self.bits,
+            memory.files.serve(self.arena, self.table.holder), self.bits,
             record.incarnation, range(self.table.first_generation, self.table.generation_limit),
         )  # fmt: skip
         self.meet(myself)
@@ -296,6 +294,7 @@ class Runtime(GroupKeeper):
             due=lambda: self.next_expiry_ns / 1e9,
         )
         for rank, link in self._links.items():
+            memory.files.introduce(rank, link)
             self._monitor.watch(rank, link)
         if self.options.switch_interval is not None:
             sys.setswitchinterval(self.options.switch_interval)
@@ -332,7 +331,7 @@ class Runtime(GroupKeeper):
         return Peer(
             record.rank, WorkerInfo(record.name, record.rank), record.pid,
             ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank), PeerSlots(theirs.slots, theirs.slot_count),
-            holder, PeerArena(theirs.arena, theirs.arena_private, holder), theirs.bits, record.incarnation, generations,
+            holder, theirs.files.open(holder), theirs.bits, record.incarnation, generations,
         )  # fmt: skip
 
     # ---- what the room below asks for
@@ -340,6 +339,20 @@ class Runtime(GroupKeeper):
     def expires_sooner(self) -> None:
         if self._monitor is not None and self.next_expiry_ns < time.monotonic_ns() + PERIOD_S * 1e9:
             self._monitor.wake()  # it may sleep longer than that
+
+    def knows_arena(self, peer: Peer) -> bool:
+        assert self._memory is not None
+        return self._memory.files.knows_all(peer.rank)
+
+    def on_death(self, rank: int, reason: str) -> None:
+        assert self._memory is not None
+        self._memory.files.forget(rank)
+        super().on_death(rank, reason)
+
+    def on_tick(self, now_s: float) -> None:
+        super().on_tick(now_s)
+        if self._memory is not None:
+            self._memory.files.tick(now_s)
 
     def more_entries(self) -> None:
         assert self._memory is not None

@@ -11,7 +11,7 @@ from fastref.errors import ProtocolError, ResourceError, UsageError
 from fastref.segments.budget import check_available
 from fastref.segments.mapping import Mapping
 
-__all__ = ["allocate", "cannot_shrink", "create_memfd", "map_fd", "map_private", "seal"]
+__all__ = ["allocate", "cannot_shrink", "check_size", "create_memfd", "map_fd", "map_private", "seal"]
 
 # <linux/fcntl.h>; Python's fcntl has no name for it before 3.13. Linux 5.1.
 F_SEAL_FUTURE_WRITE = 0x10
@@ -108,6 +108,23 @@ def cannot_shrink(fd: int) -> bool:
         return False  # no memory file at all
 
 
+def check_size(fd: int, size_bytes: int) -> None:
+    """Check that ``fd`` is a file of at least ``size_bytes`` bytes: touching a missing part would be a SIGBUS.
+
+    Raises
+    ------
+    ProtocolError
+        It is not.
+    """
+    if size_bytes <= 0:
+        raise ProtocolError(f"a mapping needs a size above zero, not {size_bytes}")
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise ProtocolError("a descriptor that was passed as shared memory is none")
+    if status.st_size < size_bytes:
+        raise ProtocolError(f"a segment was announced with {size_bytes} bytes and has {status.st_size}")
+
+
 def map_fd(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
     """Map the first ``size_bytes`` bytes of ``fd``, shared.
 
@@ -122,13 +139,7 @@ def map_fd(fd: int, size_bytes: int, *, writable: bool) -> Mapping:
     PermissionError
         It is sealed against writing and ``writable`` was asked for.
     """
-    if size_bytes <= 0:
-        raise ProtocolError(f"a mapping needs a size above zero, not {size_bytes}")
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise ProtocolError("a descriptor that was passed as shared memory is none")
-    if status.st_size < size_bytes:
-        raise ProtocolError(f"a segment was announced with {size_bytes} bytes and has {status.st_size}")
+    check_size(fd, size_bytes)
     try:
         return Mapping(fd, size_bytes, writable)
     except OSError as error:

@@ -1,0 +1,319 @@
+"""The memory files of arenas: made, told to peers and given back by their owner; mapped and unmapped by its peers."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+
+from fastref._core import Holder, failpoint
+from fastref.carriers.arena import Arena
+from fastref.carriers.borrow import PeerArena
+from fastref.errors import FastrefError, PeerError, ProtocolError, ResourceError
+from fastref.rendezvous import Link, Message
+from fastref.rendezvous.fields import read_integer
+from fastref.segments import allocate, cannot_shrink, create_memfd, seal
+from fastref.segments.mapping import Reservation
+from fastref.segments.memory import check_size
+
+__all__ = ["FIRST_BYTES", "LARGEST_SPAN", "OwnFiles", "PeerFiles"]
+
+FIRST_BYTES = 4 << 20  # of the file that is there from the beginning, for small traffic, and stays
+SPAN_FACTOR = 2  # files of different sizes come and go: addresses for more than may be committed at once
+LARGEST_SPAN = 1 << 46
+IDLE_S = 5.0  # a file of which nothing was lent for so long is given back
+
+# What an owner says about its files, each message with the offset; and what a peer answers to the second.
+FILE, DROP, DROPPED = "arena-file", "arena-drop", "arena-dropped"
+
+
+def reserve(span_bytes: int, *, writable: bool) -> Reservation:
+    """Return addresses for an arena, to be mapped shared.
+
+    Raises
+    ------
+    ResourceError
+        There are not so many.
+    """
+    try:
+        return Reservation(span_bytes, writable)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot reserve {span_bytes} bytes of addresses for shared memory: {error.strerror}"
+        ) from error
+
+
+def reserve_private(span_bytes: int) -> Reservation | None:
+    """Return addresses for an arena, to be mapped copy-on-write; None when there are not so many."""
+    try:
+        return Reservation(span_bytes, True, private=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+            raise
+        return None
+
+
+class OwnFiles:
+    """The files of this worker's arena.
+
+    A file is announced to all linked peers before a block in it is lent, over the socket and so without their help:
+    their reading threads find the message when they meet such a block. An idle file is given back in steps: the arena lends
+    nothing of it any more, all live peers unmap it and say so, it is unmapped and closed here. One at a time: what a
+    stopped peer can keep from the system is one file.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        How much may be committed; whole pages.
+    idle_s : float
+        How long a file must have been idle.
+    """
+
+    def __init__(self, limit_bytes: int, idle_s: float = IDLE_S) -> None:
+        self.limit_bytes = limit_bytes
+        self.first_bytes = min(FIRST_BYTES, limit_bytes)
+        self.span_bytes = max(limit_bytes * SPAN_FACTOR, self.first_bytes)
+        self.idle_s = idle_s
+        if self.span_bytes > LARGEST_SPAN:
+            raise ResourceError(f"an arena of {limit_bytes} bytes is larger than any memory")
+        self.shared = reserve(self.span_bytes, writable=True)
+        self.private = reserve_private(self.span_bytes)
+        self._fds: dict[int, tuple[int, int]] = {}
+        self._links: dict[int, Link] = {}
+        self._arena: Arena | None = None
+        self._own: PeerArena | None = None
+        self._case: tuple[int, int, set[int]] | None = None  # the file being given back; who has not unmapped it yet
+        self.add(0, self.first_bytes)
+
+    # ---- what the arena asks for
+
+    def add(self, offset: int, size_bytes: int) -> None:
+        """Make a file, map it, and announce it.
+
+        Raises
+        ------
+        ResourceError
+            No descriptor, mapping or memory is left.
+        """
+        fd = create_memfd("arena", size_bytes)
+        try:
+            self._map(fd, offset, size_bytes)
+            # Peers can never map it writable; this process's own mapping is older than the seal.
+            seal(fd, future_write=True)
+            if self._own is not None:
+                self._own.add_file(offset, size_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[offset] = (fd, size_bytes)
+        failpoint("file.made")
+        for link in list(self._links.values()):
+            self._announce(link, offset)
+        failpoint("file.announced")
+
+    def _map(self, fd: int, offset: int, size_bytes: int) -> None:
+        try:
+            self.shared.place(fd, offset, size_bytes)
+            if self.private is not None:
+                self.private.place(fd, offset, size_bytes)
+        except OSError as error:
+            self.shared.clear(offset, size_bytes)
+            raise ResourceError(f"cannot map {size_bytes} bytes of shared memory: {error.strerror}") from error
+
+    def commit(self, offset: int, size_bytes: int) -> None:
+        """Make sure of the memory of a range, which lies in one file."""
+        start = max((start for start in list(self._fds) if start <= offset), default=None)
+        if start is None:
+            raise ResourceError("the arena is closed: its worker has left")
+        allocate(self._fds[start][0], offset - start, size_bytes)
+
+    # ---- peers
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """Descriptor and size of the file that every peer is handed with the link."""
+        return self._fds[0]
+
+    def serve(self, arena: Arena, holder: Holder) -> PeerArena:
+        """Be the files of ``arena``; returns what this process reads of itself."""
+        self._own = PeerArena(self.shared, self.private, holder, lambda enough: None)
+        self._own.add_file(0, self.first_bytes)
+        self._arena = arena
+        return self._own
+
+    def introduce(self, rank: int, link: Link) -> None:
+        """Tell a peer of all files that exist, and of each new one from here on. It has the first one already."""
+        assert self._arena is not None
+        link.handlers[DROPPED] = functools.partial(self._dropped, rank)
+        with self._arena.growing:
+            self._links[rank] = link
+            for offset in sorted(self._fds):
+                if offset and (self._case is None or offset != self._case[0]):
+                    self._announce(link, offset)
+
+    def forget(self, rank: int) -> None:
+        """Count no more on a peer that has died."""
+        self._links.pop(rank, None)
+        case = self._case
+        if case is not None:
+            case[2].discard(rank)
+        self._count_unannounced()
+
+    def knows_all(self, rank: int) -> bool:
+        """Whether a peer has been sent all that there is to know; tries to."""
+        link = self._links.get(rank)
+        return link is None or link.flush_posts()
+
+    def _announce(self, link: Link, offset: int) -> None:
+        self._post(link, FILE, offset, {"file": self._fds[offset]})
+
+    def _post(self, link: Link, kind: str, offset: int, descriptors: dict[str, tuple[int, int]] | None = None) -> None:
+        try:
+            if not link.post_message(kind, {"offset": offset}, descriptors):
+                self._count_unannounced()
+        except PeerError:
+            pass  # its end will be noticed by who watches it
+
+    def _count_unannounced(self) -> None:
+        if self._arena is not None:
+            self._arena.unannounced = sum(link.is_behind for link in list(self._links.values()))
+
+    # ---- giving back
+
+    def tick(self, now_s: float) -> None:
+        """Send what peers had no room for, and give back what is idle; on one thread."""
+        assert self._arena is not None
+        if self._arena.unannounced:
+            for link in list(self._links.values()):
+                try:
+                    link.flush_posts()
+                except PeerError:
+                    pass  # as above
+            self._count_unannounced()
+        if self._case is not None and not self._case[2]:
+            self._finish()
+        # Under the lock, so that a newcomer is told of a file and asked for it, or neither; never waiting for it, since
+        # this thread sees who dies.
+        if self._case is None and self._arena.growing.acquire(blocking=False):
+            try:
+                found = self._arena.retire(int(now_s * 1e9), int(self.idle_s * 1e9))
+                if found is not None:
+                    self._case = (*found, set(self._links))
+            finally:
+                self._arena.growing.release()
+            if self._case is not None:
+                self._ask_back(self._case[0], self._case[2])
+
+    def _ask_back(self, offset: int, waiting: set[int]) -> None:
+        failpoint("file.retired")
+        for rank in sorted(waiting):
+            link = self._links.get(rank)
+            if link is None:  # it has died meanwhile
+                waiting.discard(rank)
+            else:
+                self._post(link, DROP, offset)
+        failpoint("file.asked_back")
+
+    def _dropped(self, rank: int, message: Message) -> None:
+        offset = read_integer(message.body, "offset")
+        case = self._case
+        if case is None or case[0] != offset or rank not in case[2]:
+            raise ProtocolError(f"it has unmapped the file at {offset}, which it was not asked for")
+        case[2].discard(rank)
+
+    def _finish(self) -> None:
+        assert self._case is not None and self._arena is not None and self._own is not None
+        offset, size_bytes, _ = self._case
+        self._own.remove_file(offset)
+        self.shared.clear(offset, size_bytes)
+        if self.private is not None:
+            self.private.clear(offset, size_bytes)
+        os.close(self._fds.pop(offset)[0])
+        self._case = None
+        self._arena.forget(offset)  # from here on another may be made there
+        failpoint("file.given_back")
+
+    def close(self) -> None:
+        """Close the descriptors; what is mapped stays until its last user is gone. Idempotent."""
+        if self._arena is not None:
+            self._arena.end()
+        self._arena = self._own = None  # they know this
+        self._links.clear()
+        while self._fds:
+            os.close(self._fds.popitem()[1][0])
+
+
+class PeerFiles:
+    """The files of a peer's arena, mapped read-only and, if the system lets us, copy-on-write.
+
+    Parameters
+    ----------
+    span_bytes : int
+        As the peer says; whole pages.
+    link : Link
+        To the peer. What it says of its files is acted upon as it is read, whichever thread reads.
+    """
+
+    def __init__(self, span_bytes: int, link: Link) -> None:
+        self.shared = reserve(span_bytes, writable=False)
+        self.private = reserve_private(span_bytes)
+        self._link = link
+        self._arena: PeerArena | None = None
+
+    def open(self, holder: Holder) -> PeerArena:
+        """Map the first file, which came with the link, and return the arena.
+
+        Raises
+        ------
+        ProtocolError
+            It is no file that keeps its size.
+        """
+        self._arena = PeerArena(self.shared, self.private, holder, self._link.read_ahead)
+        self._place(0, *self._link.take("arena"))
+        self._link.handlers |= {FILE: self._add, DROP: self._drop}
+        return self._arena
+
+    def _add(self, message: Message) -> None:
+        descriptors = dict(message.descriptors)
+        try:
+            if set(descriptors) != {"file"}:
+                raise ProtocolError(f"a file of an arena came as {sorted(descriptors)}")
+            self._place(read_integer(message.body, "offset"), *descriptors.pop("file"))
+        finally:
+            for fd, _ in descriptors.values():
+                os.close(fd)
+
+    def _place(self, offset: int, fd: int, size_bytes: int) -> None:
+        """Map a file; closes the descriptor."""
+        assert self._arena is not None
+        try:
+            if offset % 4096 or size_bytes % 4096 or not size_bytes:
+                raise ProtocolError(f"{size_bytes} bytes at {offset} are no whole pages")
+            if not cannot_shrink(fd):
+                raise ProtocolError("it is no memory file that keeps its size")
+            check_size(fd, size_bytes)
+            self.shared.place(fd, offset, size_bytes)
+            if self.private is not None:
+                self.private.place(fd, offset, size_bytes)
+            self._arena.add_file(offset, size_bytes)  # now others may look there
+            failpoint("file.mapped")
+        except (ProtocolError, OSError, ValueError) as error:
+            raise ProtocolError(f"the segment 'arena' of worker {self._link.record} is damaged: {error}") from error
+        finally:
+            os.close(fd)
+
+    def _drop(self, message: Message) -> None:
+        assert self._arena is not None
+        message.close()
+        offset = read_integer(message.body, "offset")
+        size_bytes = self._arena.remove_file(offset)
+        self.shared.clear(offset, size_bytes)
+        if self.private is not None:
+            self.private.clear(offset, size_bytes)
+        failpoint("file.unmapped")
+        try:
+            self._link.post_message(DROPPED, {"offset": offset})
+        except PeerError:
+            pass  # it has died, and needs no answer
+        except FastrefError as error:
+            raise ProtocolError(f"worker {self._link.record} does not read its messages: {error}") from error
