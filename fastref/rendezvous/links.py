@@ -250,7 +250,7 @@ class Link(Connection):
         return bool(self._posts)
 
     def receive_message(self) -> Message | None:
-        """As ``Connection.receive_message``; acts on messages that have a handler, and returns the next that has none."""
+        """As ``Connection.receive_message``, for messages without a handler; those before are acted upon."""
         with self._reading:
             if self._set_aside:
                 return self._set_aside.popleft()

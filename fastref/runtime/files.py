@@ -57,9 +57,9 @@ class OwnFiles:
     """The files of this worker's arena.
 
     A file is announced to all linked peers before a block in it is lent, over the socket and so without their help:
-    their reading threads find the message when they meet such a block. An idle file is given back in steps: the arena lends
-    nothing of it any more, all live peers unmap it and say so, it is unmapped and closed here. One at a time: what a
-    stopped peer can keep from the system is one file.
+    their reading threads find the message when they meet such a block. An idle file is given back in steps: the arena
+    lends nothing of it any more, all live peers unmap it and say so, it is unmapped and closed here. One at a time:
+    what a stopped peer can keep from the system is one file.
 
     Parameters
     ----------
