@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -20,6 +21,7 @@ import fastref
 import fastref.rpc as rpc
 from fastref.codec.publishable import publishability
 from fastref.errors import ResourceError, UsageError
+from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import Job, in_job, job_fixtures
 
@@ -221,8 +223,6 @@ def has_bits() -> bool:
 
 
 def bits_of_owner() -> int:
-    from fastref.rref import current_wiring
-
     return current_wiring().bits
 
 
@@ -693,16 +693,27 @@ def fill_the_arena() -> None:
     size = 1 << 18  # 1 MiB each: 60 copies do not fit
     publish_many(60, size)
     assert rpc.rpc_sync("w1", work.figures, args=("calls", "values_published")) > 5
-    big = torch.ones(7 << 20)  # 28 MiB; there is room for it only without the copies
-    assert torch.equal(rpc.rpc_sync("w1", big_one, args=(7 << 20,)), big)
+    lent = rpc.rpc_sync("w1", lend_all)
+    assert torch.equal(rpc.rpc_sync("w1", full, args=(size, 1)), full(size, 1))  # there is room only without the copies
     assert rpc.rpc_sync("w1", work.figures, args=("calls", "values_withdrawn")) > 0
+    rpc.rpc_sync("w1", give_all_back, args=(lent,))
     for number, rref in enumerate(work.kept):
         assert torch.equal(rref.to_here(), full(size, number))
     work.drop()
 
 
-def big_one(size: int) -> torch.Tensor:
-    return torch.ones(size)
+def lend_all() -> list[int]:
+    """Lend what is left of this worker's arena, and say where."""
+    arena, lent = current_wiring().arena, []
+    with contextlib.suppress(ResourceError):
+        while True:
+            lent.append(arena.lend(1 << 20))
+    return lent
+
+
+def give_all_back(lent: list[int]) -> None:
+    for offset in lent:
+        current_wiring().arena.give_back(offset)
 
 
 @in_job

@@ -82,8 +82,9 @@ cdef class Publisher(Post):
         try:
             if not encode_value(body, owned.value, 0):
                 return False  # it takes pickle
-            if self.arena.bytes_lent + body.total() > self.arena.limit // 2:
-                return False  # copies of values leave room for calls
+            # Copies of values leave room for calls, and go where everybody knows the memory already.
+            if self.arena.bytes_lent + body.total() > self.arena.limit // 2 or self.arena.unannounced:
+                return False
             return self._show(owned, index, body, 0, False)
         except ResourceError:
             return False

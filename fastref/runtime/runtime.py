@@ -534,7 +534,8 @@ class Runtime(GroupKeeper):
         # What this runtime mapped should go with its last handle, not when the garbage collector comes round.
         self._monitor = None
         self._links, self._acts = {}, {}
-        self.errands.clear()  # what came after the last thread: steps of this runtime, which refer to it
+        if self.errands:  # what came after the last thread: steps of this runtime, which refer to it
+            self.errands.clear()
 
     def abandon(self) -> None:
         """The interpreter ends without ``shutdown``: stop the threads and go; peers see a worker that died."""

@@ -51,15 +51,12 @@ cdef enum:
 cdef class Server(Executor):
     """The serving half of a runtime."""
 
-    def __cinit__(self, *args, **kwargs):
-        self.errands = deque()  # one that never came to serve can be released like any other
-
     def __init__(self, *args, thread_cap: int = 16, **kwargs):
         super().__init__(*args, **kwargs)
         self.serving.bell, self.serving.listener = self.inbox.bell, &self.inbox.listener
         self.thread_cap = thread_cap
         self.queue, self.controls = deque(), deque()
-        self.completions = []
+        self.completions, self.errands = [], deque()
         self.watched = set()
         self._threads = weakref.WeakSet()
         self.credit_of = {}
