@@ -79,7 +79,11 @@ def constructor_in_source(source: str, name: str) -> list[Parameter] | None:
     """
     body = re.search(rf"^cdef class {name}\b.*?:\n(?P<body>(?:(?:[ \t].*)?\n)*)", source, re.M)
     assert body, f"no `cdef class {name}` in the source"
-    head = re.search(r"def __c?init__\s*\((?P<list>.*?)\)\s*(?:->.*?)?:\s*$", body["body"], re.M | re.S)
+    heads = [
+        re.search(rf"def {constructor}\s*\((?P<list>.*?)\)\s*(?:->.*?)?:\s*$", body["body"], re.M | re.S)
+        for constructor in ("__init__", "__cinit__")  # of two, the second takes whatever the first does
+    ]
+    head = heads[0] or heads[1]
     if head is None:
         return None
     text = re.sub(r"#[^\n]*", "", head["list"])
