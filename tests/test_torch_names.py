@@ -99,6 +99,13 @@ def test_the_future_of_a_creation_tells_why_it_failed() -> None:
 
 @in_job
 def test_a_value_that_came_after_the_timeout_of_its_creation_is_not_had() -> None:
+    late = "RRef creation via rpc.remote\\(\\) timed out"
+    for timeout in (-1, 0, 30):
+        rref = rpc.remote("w1", slow_list, (0.3,), timeout=0.05)
+        with pytest.raises(CallTimeout, match=late):
+            rref.to_here(timeout)
+        assert not rref.confirmed_by_owner()  # nor is it waited for
+    assert rpc.remote("w1", slow_list, (0.1,), timeout=30).to_here() == [1]
     rref = rpc.remote("w1", slow_list, (0.3,), timeout=0.05)
     with pytest.raises(CallTimeout):
         rref._get_future().wait()

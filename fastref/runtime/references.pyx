@@ -279,6 +279,8 @@ cdef class ReferenceCaller(Caller):
         cdef fr_descriptor* d
         cdef fr_frame head
         cdef Encoder body
+        cdef bint ends_with_creation
+        cdef double wait_s
         if rref.creation is not None:
             raise rref.creation_error()
         peer = self.owner_of(rref)
@@ -303,13 +305,27 @@ cdef class ReferenceCaller(Caller):
             head.callable = rref.fork.index
             body = self.encoder()
             body.references.append(rref)
+            ends_with_creation = self._ends_with_creation(rref, timeout_s)
+            wait_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9) if ends_with_creation else timeout_s
             try:
-                value = self.exchange(peer, &head, body, timeout_s, "to_here()")
+                value = self.exchange(peer, &head, body, wait_s, "to_here()")
             except CallTimeout:
                 self.check_creation(rref)
-                raise
+                if not ends_with_creation:
+                    raise
+                continue  # the value came in time, its answer did not
             if value is not PUBLISHED:
                 return value
+
+    cdef bint _ends_with_creation(self, RRef rref, double timeout_s) except -1:
+        """Whether who waits for a value has to stop when its remote() is out of time, before his own timeout."""
+        cdef int64_t own_ns
+        if not rref.value_deadline_ns:
+            return False
+        if fr_load32_acquire(&rref.holder.h.at.descriptors[rref.fork.index].state) != FR_VALUE_PENDING:
+            return False
+        own_ns = self.deadline(timeout_s)
+        return not own_ns or rref.value_deadline_ns < own_ns
 
     cdef int check_creation(self, RRef rref) except -1:
         """Raise when the value did not come, or has not come, within the time that its remote() was given."""
