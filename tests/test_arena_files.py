@@ -235,9 +235,11 @@ def test_beyond_the_limit_is_an_error_that_names_it_and_nothing_is_lost(troupe: 
             w0.do(exchange, ["w1"], 1.0, 15 << 20)
         w0.do(send_to_keep, "w1", 1.0)  # blocks of 20 MiB: there is room for two
         w0.do(exchange, ["w1"], 2.0)
-        assert w0.do(arena)["committed"] <= 50 * MIB
+        figures = w0.do(arena)
+        assert figures["committed"] - figures["retiring"] <= 50 * MIB
         w1.do(puppets.drop_all)
-    w0.do(exchange, ["w1"], 1.0, 10 << 20)
+    for i in range(20):
+        w0.do(exchange, ["w1"], 1.0, (1 + i % 3) * (3 << 20))
     for puppet in (w0, w1):
         puppet.do(wait_until_idle)
     troupe.leave([w0, w1])
@@ -257,8 +259,9 @@ def test_a_stopped_peer_delays_only_that_memory_is_given_back(troupe: Troupe) ->
         time.sleep(0.3)
         committed.append(w0.do(arena)["committed"])
     figures = w0.do(arena)
-    assert (figures["retiring"], figures["files"]) == (1, 3)  # one waits for w2; of the next nothing is asked
-    assert max(committed[1:]) <= committed[0] + 40 * MIB
+    assert 0 < figures["retiring"] < figures["committed"]
+    assert figures["files"] == 3  # one waits for w2; of the next nothing is asked
+    assert committed[-1] == committed[2] < 130 * MIB
     w2.go_on()
     for puppet in crew:
         puppet.do(wait_until_idle)

@@ -78,7 +78,8 @@ struct fr_slab {
 struct fr_arena {
     pthread_mutex_t lock;
     uint64_t span, limit;         /* pages: of addresses; that may be committed */
-    uint64_t committed, lent;     /* pages; bytes */
+    uint64_t committed, leaving;  /* pages; of these, those of files that are retiring, which do not count */
+    uint64_t lent;                /* bytes */
     uint64_t blocks, files, given_back; /* given_back: pages, so far */
     struct fr_file **order;       /* the files, oldest first */
     uint32_t places;              /* in that list */
@@ -191,6 +192,12 @@ static inline int64_t fr_run_take_warm(struct fr_file *f, uint32_t pages)
     return page;
 }
 
+/* Pages that may still be committed. */
+static inline uint64_t fr_arena_room(const struct fr_arena *a)
+{
+    return a->limit + a->leaving - a->committed;
+}
+
 /* A run that begins in the last free pages before the frontier, or at it. */
 static inline int fr_run_take_fresh(struct fr_arena *a, struct fr_file *f, uint32_t pages, uint32_t *page,
                                     struct fr_need *need)
@@ -201,12 +208,12 @@ static inline int fr_run_take_fresh(struct fr_arena *a, struct fr_file *f, uint3
     end = f->frontier + pages - before;
     if (end > f->committed) {
         wanted = end - f->committed;
-        if (wanted > a->limit - a->committed)
+        if (wanted > fr_arena_room(a))
             return FR_OVER_LIMIT;
         if (wanted < FR_COMMIT_STEP)
             wanted = f->pages - f->committed < FR_COMMIT_STEP ? f->pages - f->committed : FR_COMMIT_STEP;
-        if (wanted > a->limit - a->committed)
-            wanted = a->limit - a->committed;
+        if (wanted > fr_arena_room(a))
+            wanted = fr_arena_room(a);
         need->file = f;
         need->start = f->start + f->committed;
         need->pages = wanted;
@@ -256,7 +263,7 @@ static inline int fr_run_take(struct fr_arena *a, uint64_t pages, struct fr_file
         if (what == FR_OVER_LIMIT)
             why = what;
     }
-    return pages > a->limit - a->committed ? FR_OVER_LIMIT : why;
+    return pages > fr_arena_room(a) ? FR_OVER_LIMIT : why;
 }
 
 static inline void fr_run_give_back(struct fr_file *f, uint32_t page)
@@ -592,6 +599,7 @@ static inline void fr_file_forget(struct fr_arena *a, struct fr_file *f)
     for (uint64_t k = f->start / FR_GRAIN; k <= (f->start + f->pages - 1) / FR_GRAIN; k++)
         a->at_grain[k] = NULL;
     a->committed -= f->committed;
+    a->leaving -= f->retiring ? f->committed : 0;
     if (f->there) {
         a->given_back += f->committed;
         a->files--;
@@ -635,8 +643,10 @@ static inline struct fr_file *fr_file_retire(struct fr_arena *a, int64_t now_ns,
         if (now_ns - f->idle_since_ns >= patience_ns && (!found || f->idle_since_ns < found->idle_since_ns))
             found = f;
     }
-    if (found)
+    if (found) {
         found->retiring = 1;
+        a->leaving += found->committed;
+    }
     pthread_mutex_unlock(&a->lock);
     return found;
 }

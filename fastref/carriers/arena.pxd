@@ -12,7 +12,7 @@ cdef extern from "fr_arena.h" nogil:
         uint64_t start
         uint32_t pages, committed
     struct fr_arena:
-        uint64_t span, limit, committed, lent, blocks, files, given_back
+        uint64_t span, limit, committed, leaving, lent, blocks, files, given_back
     struct fr_need:
         fr_file* file
         uint64_t start, pages, cold, cold_pages

@@ -56,7 +56,8 @@ cdef class Arena:
         All addresses. Without ``files`` there is memory behind all of them.
     files : object, optional
         ``add(offset, size_bytes)`` makes a file there, whose memory is not made sure of yet; ``commit(offset, size_bytes)``
-        makes sure of the memory of a range before it is touched. Either may raise ``ResourceError``.
+        makes sure of the memory of a range before it is touched. Either may raise ``ResourceError``. ``make_room()`` is
+        called at the limit: True when it has retired a file.
     holder : Holder, optional
         What this process holds of its own table; for blocks that peers lease.
     limit : int
@@ -131,7 +132,7 @@ cdef class Arena:
                         raise self._full(size_bytes)
                 elif what == FR_NO_MEMORY:
                     raise MemoryError()
-                else:
+                elif self._files is None or not self._files.make_room():
                     raise self._full(size_bytes)
 
     cdef object _full(self, uint64_t size_bytes):
@@ -290,9 +291,9 @@ cdef class Arena:
         return self._growing
 
     def snapshot(self) -> dict:
-        """Plain figures: bytes that may be committed, are committed, were given back and populated ahead so far; files,
-        those being given back among them; blocks and bytes lent.
+        """Plain figures: bytes that may be committed; files, and bytes committed in them; of these, bytes that are being
+        given back, which do not count for the limit; blocks and bytes lent; bytes given back, and populated ahead, so far.
         """
         return dict(limit=self.limit, committed=self.blocks.committed * FR_ARENA_PAGE, files=self.blocks.files,
-                    retiring=len(self._retiring), blocks=self.blocks.blocks, bytes_lent=self.blocks.lent,
+                    retiring=self.blocks.leaving * FR_ARENA_PAGE, blocks=self.blocks.blocks, bytes_lent=self.blocks.lent,
                     given_back=self.blocks.given_back * FR_ARENA_PAGE, populated_ahead=self._populated * FR_ARENA_PAGE)

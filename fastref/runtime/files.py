@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import threading
+import time
 
 from fastref._core import Holder, failpoint
 from fastref.carriers.arena import Arena
@@ -19,9 +21,10 @@ from fastref.segments.memory import check_size
 __all__ = ["FIRST_BYTES", "LARGEST_SPAN", "OwnFiles", "PeerFiles"]
 
 FIRST_BYTES = 4 << 20  # of the file that is there from the beginning, for small traffic, and stays
-SPAN_FACTOR = 2  # files of different sizes come and go: addresses for more than may be committed at once
+SPAN_FACTOR, SPAN_MORE = 2, 4 << 30  # files of different sizes come and go, none of them full: addresses for many more
 LARGEST_SPAN = 1 << 46
 IDLE_S = 5.0  # a file of which nothing was lent for so long is given back
+PATIENCE_S = 0.5  # for peers to unmap a file, when memory is wanted that the limit does not allow otherwise
 
 # What an owner says about its files, each message with the offset; and what a peer answers to the second.
 FILE, DROP, DROPPED = "arena-file", "arena-drop", "arena-dropped"
@@ -59,7 +62,7 @@ class OwnFiles:
     A file is announced to all linked peers before a block in it is lent, over the socket and so without their help:
     their reading threads find the message when they meet such a block. An idle file is given back in steps: the arena
     lends nothing of it any more, all live peers unmap it and say so, it is unmapped and closed here. One at a time:
-    what a stopped peer can keep from the system is one file.
+    what a stopped peer can keep from the system, beyond the limit, is one file.
 
     Parameters
     ----------
@@ -72,7 +75,7 @@ class OwnFiles:
     def __init__(self, limit_bytes: int, idle_s: float = IDLE_S) -> None:
         self.limit_bytes = limit_bytes
         self.first_bytes = min(FIRST_BYTES, limit_bytes)
-        self.span_bytes = max(limit_bytes * SPAN_FACTOR, self.first_bytes)
+        self.span_bytes = limit_bytes * SPAN_FACTOR + SPAN_MORE
         self.idle_s = idle_s
         if self.span_bytes > LARGEST_SPAN:
             raise ResourceError(f"an arena of {limit_bytes} bytes is larger than any memory")
@@ -83,6 +86,7 @@ class OwnFiles:
         self._arena: Arena | None = None
         self._own: PeerArena | None = None
         self._case: tuple[int, int, set[int]] | None = None  # the file being given back; who has not unmapped it yet
+        self._finishing = threading.RLock()  # as those of Link: a destructor may run at any line
         self.add(0, self.first_bytes)
 
     # ---- what the arena asks for
@@ -191,20 +195,46 @@ class OwnFiles:
                     pass  # as above
             self._count_unannounced()
         if self._case is not None and not self._case[2]:
-            self._finish()
+            self._finish(self._case)
         # Under the lock, so that a newcomer is told of a file and asked for it, or neither; never waiting for it, since
         # this thread sees who dies.
         if self._case is None and self._arena.growing.acquire(blocking=False):
             try:
-                found = self._arena.retire(int(now_s * 1e9), int(self.idle_s * 1e9))
-                if found is not None:
-                    self._case = (*found, set(self._links))
+                self._retire(now_s, self.idle_s)
             finally:
                 self._arena.growing.release()
-            if self._case is not None:
-                self._ask_back(self._case[0], self._case[2])
 
-    def _ask_back(self, offset: int, waiting: set[int]) -> None:
+    def make_room(self) -> bool:
+        """Begin to give back a file that is idle now; for a thread that makes no other.
+
+        Returns
+        -------
+        bool
+            False when there is none, or another is on its way and some peer does not say that it has unmapped it.
+        """
+        case = self._case
+        if case is not None:
+            self._hasten(case[2])
+            if case[2]:
+                return False
+            self._finish(case)
+        return self._case is None and self._retire(time.monotonic(), 0.0)
+
+    def _hasten(self, waiting: set[int]) -> None:
+        """Read what the peers say that have been asked to unmap a file, for a while."""
+        deadline = time.monotonic() + PATIENCE_S
+        for rank in sorted(waiting):
+            link = self._links.get(rank)
+            if link is not None:
+                link.read_ahead(lambda rank=rank: rank not in waiting or time.monotonic() > deadline)  # type: ignore[misc]
+
+    def _retire(self, now_s: float, idle_s: float) -> bool:
+        assert self._arena is not None
+        found = self._arena.retire(int(now_s * 1e9), int(idle_s * 1e9))
+        if found is None:
+            return False
+        offset, waiting = found[0], set(self._links)
+        self._case = (*found, waiting)
         failpoint("file.retired")
         for rank in sorted(waiting):
             link = self._links.get(rank)
@@ -213,6 +243,7 @@ class OwnFiles:
             else:
                 self._post(link, DROP, offset)
         failpoint("file.asked_back")
+        return True
 
     def _dropped(self, rank: int, message: Message) -> None:
         offset = read_integer(message.body, "offset")
@@ -221,16 +252,19 @@ class OwnFiles:
             raise ProtocolError(f"it has unmapped the file at {offset}, which it was not asked for")
         case[2].discard(rank)
 
-    def _finish(self) -> None:
-        assert self._case is not None and self._arena is not None and self._own is not None
-        offset, size_bytes, _ = self._case
-        self._own.remove_file(offset)
-        self.shared.clear(offset, size_bytes)
-        if self.private is not None:
-            self.private.clear(offset, size_bytes)
-        os.close(self._fds.pop(offset)[0])
-        self._case = None
-        self._arena.forget(offset)  # from here on another may be made there
+    def _finish(self, case: tuple[int, int, set[int]]) -> None:
+        assert self._arena is not None and self._own is not None
+        offset, size_bytes, _ = case
+        with self._finishing:
+            if self._case is not case:
+                return  # another thread has done it
+            self._own.remove_file(offset)
+            self.shared.clear(offset, size_bytes)
+            if self.private is not None:
+                self.private.clear(offset, size_bytes)
+            os.close(self._fds.pop(offset)[0])
+            self._arena.forget(offset)  # from here on another may be made there
+            self._case = None
         failpoint("file.given_back")
 
     def close(self) -> None:
