@@ -66,7 +66,7 @@ def _comparison(**figures: dict[str, list[float]]) -> Comparison:
 
 @pytest.fixture(scope="module")
 def measured() -> Comparison:
-    return compare(("torch", "pipe", "line"), rounds=1, effort=TINY)
+    return compare(("torch", "pipe", "line", "memory"), rounds=1, effort=TINY)
 
 
 def test_torch_fills_every_row_with_a_positive_figure(measured):
@@ -75,10 +75,17 @@ def test_torch_fills_every_row_with_a_positive_figure(measured):
         assert summary.p50 > 0 and summary.operations > 0, row
 
 
-@pytest.mark.parametrize("backend", ["pipe", "line"])
-def test_the_floors_are_measured_alone_and_beside_a_burning_core(measured, backend):
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [
+        ("pipe", ["call", "call_asleep", "call_burn"]),
+        ("line", ["call", "call_burn"]),
+        ("memory", ["send_128m", "read_1m", "read_128m", "publish"]),
+    ],
+)
+def test_the_floors_fill_the_rows_that_they_are_floors_of(measured, backend, rows):
     floor = measured.rounds[0][backend]
-    assert list(floor) == ["call", "call_burn"]
+    assert list(floor) == rows
     assert all(summary.p50 > 0 for summary in floor.values())
 
 
@@ -173,15 +180,19 @@ def test_figures_are_medians_of_rounds_and_ratios_are_above_one_when_better():
         (Reach(at_most=6), {"fastref": 7.0}, False),
         (Reach(at_most=0.5, strictly=True), {"fastref": 0.5}, False),
         (Reach(at_most=0.5, strictly=True), {"fastref": 0.0}, True),
+        (Reach(times=7, within=1.5), {"torch": 70.0, "fastref": 10.0, "memory": 8.0}, True),
+        (Reach(times=7, within=1.5), {"torch": 70.0, "fastref": 10.0, "memory": 6.0}, False),
+        (Reach(times=7, within=1.5), {"torch": 69.0, "fastref": 10.0, "memory": 8.0}, False),
+        (Reach(times=7, within=1.5), {"torch": 70.0, "fastref": 10.0}, None),
         (None, {"torch": 600.0, "fastref": 4.0}, None),
     ],
 )
 def test_reach_is_judged_by_factor_or_by_bound(reach, medians, verdict):
-    assert reached(Row("", "us", reach), medians) is verdict
+    assert reached(Row("", "us", reach=reach), medians) is verdict
 
 
 def test_a_rate_reaches_upwards():
-    row = Row("", "1/s", Reach(times=40), higher_is_better=True)
+    row = Row("", "1/s", reach=Reach(times=40), higher_is_better=True)
     assert reached(row, {"torch": 1000.0, "fastref": 40_000.0}) is True
     assert reached(row, {"torch": 1000.0, "fastref": 39_000.0}) is False
 
@@ -210,13 +221,14 @@ def test_the_table_shows_both_sides_the_floor_the_ratio_and_the_verdict():
         idle_threads={"torch": [39.0], "fastref": [7.0]},
     )
     heading, *lines = text_table(comparison).splitlines()
-    assert heading.split() == "row unit torch p50 p99 fastref p50 p99 pipe p50 line p50 ratio reach reached".split()
+    floors = "pipe p50 line p50 memory p50"
+    assert heading.split() == f"row unit torch p50 p99 fastref p50 p99 {floors} ratio reach reached".split()
     call, threads = (line.split("  ") for line in lines)
     assert [cell.strip() for cell in call if cell] == [
-        "empty `rpc_sync`", "us", "600", "1,200", "4", "8", "5", "0.500", "150x", "150x torch", "yes",
+        "empty `rpc_sync`", "us", "600", "1,200", "4", "8", "5", "0.500", "-", "150x", "150x torch", "yes",
     ]  # fmt: skip
     assert [cell.strip() for cell in threads if cell.strip()] == [
-        "idle worker, threads", "39", "78", "7", "14", "-", "-", "5.57x", "<= 6", "no",
+        "idle worker, threads", "39", "78", "7", "14", "-", "-", "-", "5.57x", "<= 6", "no",
     ]  # fmt: skip
 
 

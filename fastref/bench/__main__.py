@@ -11,7 +11,7 @@ from pathlib import Path
 from fastref.bench.backends import BACKENDS
 from fastref.bench.compare import compare
 from fastref.bench.report import machine, text_table, to_json, write_markdown
-from fastref.bench.rows import ROWS
+from fastref.bench.rows import ROW_GROUPS, ROWS
 from fastref.bench.timing import FULL, QUICK
 from fastref.errors import FastrefError
 
@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastref.bench", description=__doc__)
     parser.add_argument("--backends", type=_names(BACKENDS), default=list(BACKENDS), metavar="NAME,...")
-    parser.add_argument("--rows", type=_names(ROWS), default=list(ROWS), metavar="ROW,...", help=", ".join(ROWS))
+    known = "; ".join(f"{group}: {', '.join(names)}" for group, names in ROW_GROUPS.items())
+    parser.add_argument(
+        "--rows", type=_rows, default=list(ROWS), metavar="ROW,...", help=f"rows, or groups of rows ({known})"
+    )
     parser.add_argument("--rounds", type=_positive, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--seconds", type=float, help="time for one row in one round")
     parser.add_argument("--quick", action="store_true", help="little of everything: shows that it runs, not how fast")
@@ -78,6 +81,11 @@ def _names(known: Collection[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
+
+
+def _rows(text: str) -> list[str]:
+    names = _names([*ROW_GROUPS, *ROWS])(text)
+    return [row for name in names for row in ROW_GROUPS.get(name, [name])]
 
 
 def _positive(text: str) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -47,6 +48,8 @@ class Group:
         A key of ``BACKENDS``.
     limit_s : int
         Seconds after which the workers end themselves, whatever happens.
+    workers : int, optional
+        How many workers, if not the backend's own number.
 
     Raises
     ------
@@ -55,8 +58,9 @@ class Group:
         its traceback.
     """
 
-    def __init__(self, backend: str, limit_s: int = CHILD_LIMIT_S) -> None:
+    def __init__(self, backend: str, limit_s: int = CHILD_LIMIT_S, workers: int | None = None) -> None:
         self._backend = BACKENDS[backend]
+        self._workers = workers or self._backend.world_size
         self._limit_s = limit_s
         self._members: list[_Member] = []
         self._cleanup = ExitStack()
@@ -72,7 +76,7 @@ class Group:
         """Start the processes; return when all have imported torch and the backend."""
         try:
             self._address = self._cleanup.enter_context(self._backend.address())
-            for rank in range(self._backend.world_size):
+            for rank in range(self._workers):
                 member = _Member(rank, self._backend.name, self._limit_s)
                 self._cleanup.callback(member.end)
                 self._members.append(member)
@@ -89,7 +93,7 @@ class Group:
         """Let the workers find each other; return the seconds from the word to the last that was ready."""
         began = time.perf_counter()
         for rank, member in enumerate(self._members):
-            member.send(Join(rank, self._address))
+            member.send(Join(rank, self._workers, self._address))
         self._answers()
         return summarize([time.perf_counter() - began])
 
@@ -204,8 +208,9 @@ class _Member:
             raise self._died(f"it left in order, but ended with status {status}")
 
     def end(self) -> None:
-        """Kill the process, whatever it does, and reap it."""
-        self._process.kill()
+        """Kill the process and those that it started, whatever they do, and reap it."""
+        with suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self.requests.close()
         self._stderr.close()

@@ -19,6 +19,7 @@ from fastref.errors import UsageError
 
 __all__ = ["format_figure", "machine", "text_table", "to_json", "write_markdown"]
 
+FLOORS = ("pipe", "line", "memory")
 HEADINGS = (
     "row",
     "unit",
@@ -26,12 +27,13 @@ HEADINGS = (
     "p99",
     "fastref p50",
     "p99",
-    "pipe p50",
-    "line p50",
+    *(f"{floor} p50" for floor in FLOORS),
     "ratio",
     "reach",
     "reached",
 )
+# The tables of all libraries, by title: which figure each shows.
+PEER_TABLES = {"The same work, warm: p50": "p50", "The same work, warm: p99": "p99", "The very first time": "first"}
 ABSENT = "-"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
@@ -50,10 +52,15 @@ def machine() -> dict[str, str]:
 
 
 def text_table(comparison: Comparison) -> str:
-    """Return the table in columns, for a terminal."""
-    lines = [HEADINGS, *_lines(comparison)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(_aligned(cells, widths)).rstrip() for cells in lines) + "\n"
+    """Return the tables in columns, for a terminal, and what is missing."""
+    parts = []
+    for table in _tables(comparison):
+        widths = [max(map(len, column)) for column in zip(*table.lines(), strict=True)]
+        lines = ["  ".join(table.aligned(cells, widths)).rstrip() for cells in table.lines()]
+        parts.append("\n".join([*([table.title] if table.title else []), *lines]))
+    if notes := _notes(comparison):
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown(comparison: Comparison) -> str:
@@ -64,13 +71,15 @@ def markdown(comparison: Comparison) -> str:
         f"Taken on: {about}.",
         "",
         f"Rounds: {len(comparison.rounds)}. Time for each row in each round: {effort.seconds:g} s.",
-        "",
-        _markdown_line(HEADINGS),
-        _markdown_line(["---", "---", *["--:"] * (len(HEADINGS) - 3), "---"]),
-        *(_markdown_line(cells) for cells in _lines(comparison)),
-        "",
     ]
-    return "\n".join(lines)
+    for table in _tables(comparison):
+        rules = ["---" if column in table.left else "--:" for column in range(len(table.headings))]
+        lines += ["", *([f"**{table.title}**", ""] if table.title else [])]
+        lines += [_markdown_line(table.headings), _markdown_line(rules)]
+        lines += [_markdown_line(cells) for cells in table.cells]
+    if notes := _notes(comparison):
+        lines += ["", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
 
 
 def write_markdown(comparison: Comparison, path: Path) -> None:
@@ -100,6 +109,7 @@ def to_json(comparison: Comparison) -> str:
             "p50": comparison.medians(name),
             "p99": comparison.medians(name, "p99"),
             "mean": comparison.medians(name, "mean"),
+            "first": comparison.medians(name, "first"),
             "ratio": comparison.ratio(name),
             "reach": str(ROWS[name].reach) if ROWS[name].reach else None,
             "reached": comparison.reached(name),
@@ -114,7 +124,8 @@ def to_json(comparison: Comparison) -> str:
         for by_backend in comparison.rounds
     ]
     effort = dataclasses.asdict(comparison.effort)
-    return json.dumps({"machine": machine(), "effort": effort, "rows": rows, "rounds": rounds}, indent=1) + "\n"
+    whole = {"machine": machine(), "effort": effort, "rows": rows, "notes": comparison.notes, "rounds": rounds}
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def format_figure(value: float | None) -> str:
@@ -131,8 +142,48 @@ def format_figure(value: float | None) -> str:
     return f"{value:.{digits}f}"
 
 
-def _lines(comparison: Comparison) -> list[list[str]]:
-    return [_line(comparison, name) for name in comparison.rows()]
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Cells with a line of headings; columns of figures are aligned right."""
+
+    title: str
+    headings: Sequence[str]
+    left: frozenset[int]
+    cells: list[list[str]]
+
+    def lines(self) -> list[Sequence[str]]:
+        return [self.headings, *self.cells]
+
+    def aligned(self, cells: Sequence[str], widths: list[int]) -> list[str]:
+        return [
+            cell.ljust(width) if column in self.left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+
+
+def _tables(comparison: Comparison) -> list[_Table]:
+    tables = []
+    if rows := [name for name in comparison.rows() if ROWS[name].group != "peers"]:
+        left = frozenset({0, 1, len(HEADINGS) - 1})
+        tables.append(_Table("", HEADINGS, left, [_line(comparison, name) for name in rows]))
+    if rows := [name for name in comparison.rows() if ROWS[name].group == "peers"]:
+        for title, quantile in PEER_TABLES.items():
+            tables.append(_peer_table(comparison, rows, title, quantile))
+    return tables
+
+
+def _peer_table(comparison: Comparison, rows: Sequence[str], title: str, quantile: str) -> _Table:
+    figures = {name: comparison.medians(name, quantile) for name in rows}
+    backends = [name for name in comparison.backends if any(name in by_backend for by_backend in figures.values())]
+    cells = [
+        [ROWS[name].title, ROWS[name].unit, *(format_figure(figures[name].get(backend)) for backend in backends)]
+        for name in rows
+    ]
+    return _Table(title, ("row", "unit", *backends), frozenset({0, 1}), cells)
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    return [f"{backend}: {sentence}" for backend, sentences in comparison.notes.items() for sentence in sentences]
 
 
 def _line(comparison: Comparison, name: str) -> list[str]:
@@ -142,19 +193,10 @@ def _line(comparison: Comparison, name: str) -> list[str]:
         row.title,
         row.unit,
         *(format_figure(figures.get(backend)) for backend in ("torch", "fastref") for figures in (p50, p99)),
-        format_figure(p50.get("pipe")),
-        format_figure(p50.get("line")),
+        *(format_figure(p50.get(floor)) for floor in FLOORS),
         ABSENT if ratio is None else f"{format_figure(ratio)}x",
         str(row.reach) if row.reach else ABSENT,
         ABSENT if reached is None else "yes" if reached else "no",
-    ]
-
-
-def _aligned(cells: Sequence[str], widths: list[int]) -> list[str]:
-    left = {0, 1, len(widths) - 1}
-    return [
-        cell.ljust(width) if column in left else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["IDLE_ROWS", "ROWS", "Reach", "Row", "better_by", "reached"]
+__all__ = ["IDLE_ROWS", "ROWS", "ROW_GROUPS", "Reach", "Row", "better_by", "reached"]
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a row aims at: a factor over another backend, or a bound in the row's unit.
+    """What a row aims at: a factor over another backend, a bound in the row's unit, nearness to a floor.
 
     Parameters
     ----------
@@ -21,17 +21,28 @@ class Reach:
         What the median must not exceed.
     strictly : bool
         Whether it must stay below the bound.
+    within : float, optional
+        How many times the median of ``floor`` it may be, whatever else it reaches.
+    floor : str
+        The backend that does only what cannot be left out.
     """
 
     times: float | None = None
     than: str = "torch"
     at_most: float | None = None
     strictly: bool = False
+    within: float | None = None
+    floor: str = "memory"
 
     def __str__(self) -> str:
+        parts = []
         if self.times is not None:
-            return f"{self.times:g}x {self.than}"
-        return f"{'<' if self.strictly else '<='} {self.at_most:g}"
+            parts.append(f"{self.times:g}x {self.than}")
+        if self.at_most is not None:
+            parts.append(f"{'<' if self.strictly else '<='} {self.at_most:g}")
+        if self.within is not None:
+            parts.append(f"within {self.within:g}x {self.floor}")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,8 @@ class Row:
         For people.
     unit : str
         Of the figures.
+    group : str
+        What rows it is asked for with.
     reach : Reach, optional
         What the row aims at.
     measure : str
@@ -52,34 +65,88 @@ class Row:
         Whether another process burns one core meanwhile.
     higher_is_better : bool
         Whether the row is a rate.
+    workers : int, optional
+        How many workers it takes, when not as many as the backend runs in any case.
     """
 
     title: str
     unit: str
+    group: str = ""
     reach: Reach | None = None
     measure: str = ""
     burner: bool = False
     higher_is_better: bool = False
+    workers: int | None = None
 
 
-ROWS: dict[str, Row] = {
-    "call": Row("empty `rpc_sync`", "us", Reach(times=150), "call"),
-    "method": Row("method of a reference", "us", Reach(times=120), "method"),
-    "remote": Row("`remote().to_here()`", "us", Reach(times=80), "remote"),
-    "fetch": Row("`to_here` of an int, repeated", "us", Reach(times=250), "fetch"),
-    "own": Row("make and drop a reference of one's own", "us", None, "own"),
-    "pass": Row("pass a reference to a third worker", "us", Reach(times=80), "hand_on"),
-    "async": Row("async calls", "1/s", Reach(times=40), "async_rate", higher_is_better=True),
-    "echo_1k": Row("echo a tensor of 1 KiB", "us", None, "echo_1k"),
-    "echo_64k": Row("echo a tensor of 64 KiB", "us", None, "echo_64k"),
-    "echo_1m": Row("echo a tensor of 1 MiB", "us", None, "echo_1m"),
-    "call_burn": Row("empty `rpc_sync`, one core burning", "us", Reach(times=1, than="pipe"), "call", burner=True),
-    "idle_cpu": Row("idle worker, CPU", "%", Reach(at_most=0.5, strictly=True)),
-    "idle_threads": Row("idle worker, threads", "", Reach(at_most=6)),
-    "idle_descriptors": Row("idle worker, descriptors", "", Reach(at_most=40)),
-    "start": Row("start of 3 workers after import", "s", Reach(at_most=0.15)),
-    "memory": Row("memory per worker beyond torch's import", "MiB", Reach(at_most=16)),
+_CALLS = {
+    "call": Row("empty `rpc_sync`", "us", "calls", Reach(times=150), "call"),
+    "call_asleep": Row("empty `rpc_sync`, the callee asleep", "us", "calls", None, "call_asleep"),
+    "method": Row("method of a reference", "us", "calls", Reach(times=120), "method"),
+    "remote": Row("`remote().to_here()`", "us", "calls", Reach(times=80), "remote"),
+    "fetch": Row("`to_here` of an int, repeated", "us", "calls", Reach(times=250), "fetch"),
+    "own": Row("make and drop a reference of one's own", "us", "calls", None, "own"),
+    "pass": Row("pass a reference to a third worker", "us", "calls", Reach(times=80), "hand_on"),
+    "async": Row("async calls", "1/s", "calls", Reach(times=50), "async_rate", higher_is_better=True),
+    "remote_rate": Row("`remote` and fetch", "1/s", "calls", Reach(times=25), "remote_rate", higher_is_better=True),
+    "echo_1k": Row("echo a tensor of 1 KiB", "us", "calls", None, "echo_1k"),
+    "echo_64k": Row("echo a tensor of 64 KiB", "us", "calls", None, "echo_64k"),
+    "echo_1m": Row("echo a tensor of 1 MiB", "us", "calls", None, "echo_1m"),
+    "echo_1m_asleep": Row("echo 1 MiB, the callee asleep", "us", "calls", None, "echo_1m_asleep"),
+    "call_burn": Row(
+        "empty `rpc_sync`, one core burning", "us", "calls", Reach(times=1, than="pipe"), "call", burner=True
+    ),
 }
+
+# The cold row comes first: it is about a process that has not sent anything of this size before.
+_TENSORS = {
+    "send_first_128m": Row("send 128 MiB the first time, sum it there", "us", "tensors", Reach(times=1), "send_first"),
+    "send_128m": Row("send 128 MiB, sum it there", "us", "tensors", Reach(times=3.5, within=1.3), "send_128m"),
+    "drop_1k": Row("fetch 1 KiB and drop it", "us", "tensors", Reach(times=100), "drop_1k"),
+    "drop_64k": Row("fetch 64 KiB and drop it", "us", "tensors", Reach(times=60), "drop_64k"),
+    "drop_1m": Row("fetch 1 MiB and drop it", "us", "tensors", Reach(times=30), "drop_1m"),
+    "drop_16m": Row("fetch 16 MiB and drop it", "us", "tensors", Reach(times=30), "drop_16m"),
+    "drop_128m": Row("fetch 128 MiB and drop it", "us", "tensors", Reach(times=60), "drop_128m"),
+    "drop_1m_asleep": Row("fetch 1 MiB and drop it, the owner asleep", "us", "tensors", None, "drop_1m_asleep"),
+    "read_1m": Row("fetch 1 MiB and sum it", "us", "tensors", Reach(times=10, within=1.6), "read_1m"),
+    "read_128m": Row("fetch 128 MiB and sum it", "us", "tensors", Reach(times=7, within=1.6), "read_128m"),
+    "usable_1m": Row("until 1 MiB is there, dropped later", "us", "tensors", Reach(at_most=15), "usable_1m"),
+    "usable_128m": Row("until 128 MiB are there, dropped later", "us", "tensors", Reach(at_most=50), "usable_128m"),
+    "busy_int": Row("fetch an int while its owner computes", "us", "tensors", Reach(times=2000), "busy_int"),
+    "busy_1m": Row("fetch 1 MiB while its owner computes", "us", "tensors", Reach(times=300), "busy_1m"),
+    "publish": Row(
+        "a new version of 4 MiB until 8 readers have it", "us", "tensors", Reach(within=2), "publish", workers=9
+    ),
+}
+
+# The same work for every library that has objects in other processes.
+_PEERS = {
+    "object_create": Row("make an object elsewhere and call it once", "us", "peers", None, "object_create"),
+    "object_call": Row("empty method", "us", "peers", None, "object_call"),
+    "object_rate": Row(
+        "empty methods, as many at a time as it allows", "1/s", "peers", None, "object_rate", higher_is_better=True
+    ),
+    "object_echo_1k": Row("method that echoes 1 KiB", "us", "peers", None, "object_echo_1k"),
+    "object_echo_64k": Row("method that echoes 64 KiB", "us", "peers", None, "object_echo_64k"),
+    "object_echo_1m": Row("method that echoes 1 MiB", "us", "peers", None, "object_echo_1m"),
+    "object_echo_16m": Row("method that echoes 16 MiB", "us", "peers", None, "object_echo_16m"),
+    "object_fetch_1m": Row("fetch a tensor of 1 MiB", "us", "peers", None, "object_fetch_1m"),
+    "object_pass": Row("pass a reference to a third process, called there", "us", "peers", None, "object_pass"),
+    "object_release": Row("let go of the object until its destructor has run", "us", "peers", None, "object_release"),
+}
+
+_COSTS = {
+    "idle_cpu": Row("idle worker, CPU", "%", "costs", Reach(at_most=0.5, strictly=True)),
+    "idle_threads": Row("idle worker, threads", "", "costs", Reach(at_most=6)),
+    "idle_descriptors": Row("idle worker, descriptors", "", "costs", Reach(at_most=40)),
+    "start": Row("start of 3 workers after import", "s", "costs", Reach(at_most=0.15)),
+    "memory": Row("memory per worker beyond torch's import", "MiB", "costs", Reach(at_most=16)),
+}
+
+ROWS: dict[str, Row] = {**_CALLS, **_TENSORS, **_PEERS, **_COSTS}
+ROW_GROUPS: dict[str, list[str]] = {}
+for _name, _row in ROWS.items():
+    ROW_GROUPS.setdefault(_row.group, []).append(_name)
 
 IDLE_ROWS = frozenset({"idle_cpu", "idle_threads", "idle_descriptors"})
 
@@ -110,9 +177,15 @@ def reached(row: Row, medians: dict[str, float], backend: str = "fastref") -> bo
     reach, value = row.reach, medians.get(backend)
     if reach is None or value is None:
         return None
+    verdicts: list[bool] = []
     if reach.at_most is not None:
-        return value < reach.at_most if reach.strictly else value <= reach.at_most
-    other = medians.get(reach.than)
-    if other is None or reach.times is None:
-        return None
-    return better_by(row, value, other) >= reach.times
+        verdicts.append(value < reach.at_most if reach.strictly else value <= reach.at_most)
+    if reach.times is not None:
+        if reach.than not in medians:
+            return None
+        verdicts.append(better_by(row, value, medians[reach.than]) >= reach.times)
+    if reach.within is not None:
+        if reach.floor not in medians:
+            return None
+        verdicts.append(value <= reach.within * medians[reach.floor])
+    return all(verdicts)

@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
+from typing import Any
 
-__all__ = ["FULL", "QUICK", "Effort", "Summary", "summarize", "time_each"]
+__all__ = ["FULL", "QUICK", "Effort", "Summary", "sample_each", "summarize", "time_apart", "time_each"]
 
 # Reading the clock twice costs about 0.1 us: below this an operation is timed in batches.
 BATCH_BELOW_US = 2.0
 BATCH = 32
+# Of operations so slow that a row's time is up first: fewer say nothing about a median.
+FEWEST_SAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class Effort:
     ----------
     seconds : float
         Time spent on one row, at least.
+    stretch : float
+        How many times ``seconds`` a slow operation may take for ``min_samples``; then fewer must do.
     min_samples : int
         Samples taken of one operation, at least.
     warmup : int
-        Operations before the first sample.
+        Operations before the first sample, unless they take ``seconds``.
     windows : int
         Samples of a rate, at least; one sample is one window.
     window : int
@@ -39,6 +44,7 @@ class Effort:
     """
 
     seconds: float = 1.0
+    stretch: float = 4.0
     min_samples: int = 200
     warmup: int = 100
     windows: int = 10
@@ -68,6 +74,8 @@ class Summary:
         Operations in one sample; above 1 the quantiles are those of batch means.
     operations : int
         Operations done in all, the warm-up included.
+    first : float, optional
+        The very first operation, before any warm-up, where operations are timed.
     """
 
     p50: float
@@ -76,6 +84,7 @@ class Summary:
     samples: int
     batch: int = 1
     operations: int = 0
+    first: float | None = None
 
 
 def summarize(values: Sequence[float], *, higher_is_better: bool = False) -> Summary:
@@ -106,14 +115,14 @@ def summarize(values: Sequence[float], *, higher_is_better: bool = False) -> Sum
 
 
 def time_each(operation: Callable[[], object], effort: Effort) -> Summary:
-    """Time an operation again and again.
+    """Time an operation again and again, by itself or, where reading the clock would show, in batches.
 
     Parameters
     ----------
     operation : callable
-        Called without arguments.
+        Called without arguments; what it returns is dropped on the clock.
     effort : Effort
-        Runs until both ``seconds`` and ``min_samples`` are met.
+        How much to measure.
 
     Returns
     -------
@@ -121,19 +130,103 @@ def time_each(operation: Callable[[], object], effort: Effort) -> Summary:
         In microseconds per operation.
     """
     clock = time.perf_counter_ns
-    for _ in repeat(None, effort.warmup):
-        operation()
-    began = clock()
-    for _ in repeat(None, BATCH):
-        operation()
-    batch = BATCH if (clock() - began) / BATCH < BATCH_BELOW_US * 1e3 else 1
 
-    samples_us: list[float] = []
-    deadline = clock() + round(effort.seconds * 1e9)
-    while len(samples_us) < effort.min_samples or clock() < deadline:
+    def sample(count: int = 1) -> float:
         began = clock()
-        for _ in repeat(None, batch):
+        for _ in repeat(None, count):
             operation()
-        samples_us.append((clock() - began) / (1e3 * batch))
-    operations = effort.warmup + BATCH + len(samples_us) * batch
-    return replace(summarize(samples_us), batch=batch, operations=operations)
+        return (clock() - began) / (1e3 * count)
+
+    first = sample()
+    unsampled = 1 + _warm_up(sample, effort)
+    batch = 1
+    if min(sample(), sample()) < 2 * BATCH_BELOW_US:  # two, since one may be interrupted
+        batch = BATCH if sample(BATCH) < BATCH_BELOW_US else 1
+        unsampled += BATCH
+    summary = _samples(lambda: sample(batch), effort)
+    operations = unsampled + 2 + summary.samples * batch
+    return replace(summary, batch=batch, operations=operations, first=first)
+
+
+def time_apart(
+    operation: Callable[[], Any],
+    effort: Effort,
+    *,
+    before: Callable[[], object] | None = None,
+    after: Callable[[Any], object] | None = None,
+) -> Summary:
+    """Time an operation by itself, with what prepares it and what ends its result off the clock.
+
+    Parameters
+    ----------
+    operation : callable
+        Called without arguments.
+    effort : Effort
+        How much to measure.
+    before : callable, optional
+        Called ahead of each operation.
+    after : callable, optional
+        Called with the result of each operation, which is dropped then.
+
+    Returns
+    -------
+    Summary
+        In microseconds per operation.
+    """
+    clock = time.perf_counter_ns
+
+    def sample() -> float:
+        if before is not None:
+            before()
+        began = clock()
+        result = operation()
+        elapsed = clock() - began
+        if after is not None:
+            after(result)
+        return elapsed / 1e3
+
+    return sample_each(sample, effort)
+
+
+def sample_each(sample: Callable[[], float], effort: Effort) -> Summary:
+    """Take samples of what times itself.
+
+    Parameters
+    ----------
+    sample : callable
+        Does one operation and returns its figure.
+    effort : Effort
+        How much to measure.
+
+    Returns
+    -------
+    Summary
+        In the unit of the samples.
+    """
+    first = sample()
+    unsampled = 1 + _warm_up(sample, effort)
+    summary = _samples(sample, effort)
+    return replace(summary, operations=unsampled + summary.samples, first=first)
+
+
+def _warm_up(sample: Callable[[], float], effort: Effort) -> int:
+    deadline = time.perf_counter() + effort.seconds
+    for done in range(effort.warmup):
+        if time.perf_counter() >= deadline:
+            return done
+        sample()
+    return effort.warmup
+
+
+def _samples(sample: Callable[[], float], effort: Effort) -> Summary:
+    samples: list[float] = []
+    began = time.perf_counter()
+    elapsed = 0.0
+    while (
+        elapsed < effort.seconds
+        or len(samples) < FEWEST_SAMPLES
+        or (len(samples) < effort.min_samples and elapsed < effort.seconds * effort.stretch)
+    ):
+        samples.append(sample())
+        elapsed = time.perf_counter() - began
+    return summarize(samples)

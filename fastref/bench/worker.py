@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fastref.bench.backends import BACKENDS, Measurements
+from fastref.bench.backends import BACKENDS
+from fastref.bench.contract import Measurements
 from fastref.bench.timing import Effort
 from fastref.errors import FastrefError
 
@@ -27,6 +28,7 @@ class Join:
     """Enter the group."""
 
     rank: int
+    world_size: int
     address: str
 
 
@@ -57,8 +59,8 @@ class Worker:
                 BACKENDS[backend].load()
                 self._backend_name = backend
                 return None
-            case Join(rank, address):
-                self._measurements = BACKENDS[self._backend_name].join(rank, address)
+            case Join(rank, world_size, address):
+                self._measurements = BACKENDS[self._backend_name].join(rank, world_size, address)
                 return None
             case Measure(what, effort):
                 return getattr(self._measurements, what)(effort)

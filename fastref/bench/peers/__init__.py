@@ -1,0 +1,7 @@
+"""Other libraries with objects in other processes; each is measured where it is installed."""
+
+from fastref.bench.contract import Backend
+
+__all__ = ["PEERS"]
+
+PEERS: list[Backend] = []
