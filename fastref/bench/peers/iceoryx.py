@@ -1,0 +1,93 @@
+"""iceoryx2: requests and responses in shared memory, polled for at both ends; the payload is copied in and read there."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+
+from fastref.bench.peers.bytesfloor import TOUCH, BytesFloor, Server
+
+__all__ = ["IceoryxFloor"]
+
+HEADER_BYTES = 8  # the operation comes first in a request; keeps what follows aligned
+LARGEST_BYTES = (1 << 24) + HEADER_BYTES
+
+
+class IceoryxWire:
+    """A client of the service that the other process offers."""
+
+    def __init__(self, iox: ModuleType, address: str) -> None:
+        self._node, service = _service(iox, address)
+        self._client = service.client_builder().initial_max_slice_len(LARGEST_BYTES).create()
+        self._answered: Any = None
+
+    def ask(self, operation: int, payload: Any) -> Any:
+        request = self._client.loan_slice_uninit(HEADER_BYTES + len(payload))
+        _fill(_bytes_of(request), operation, payload)
+        pending = request.assume_init().send()
+        while (response := pending.receive()) is None:
+            pass
+        # The payload is read where it lies, until the next question.
+        self._answered = response
+        return _bytes_of(response)[HEADER_BYTES:]
+
+    def touch_many(self, count: int) -> None:
+        for _ in range(count):  # more than a few requests in flight are refused
+            self.ask(TOUCH, b"")
+
+    def close(self) -> None:
+        self._answered = None
+
+
+def _service(iox: ModuleType, address: str) -> tuple[Any, Any]:
+    node = iox.NodeBuilder.new().create(iox.ServiceType.Ipc)
+    name = iox.ServiceName.new(f"fastref/{Path(address).name}")
+    item = iox.Slice[ctypes.c_uint8]
+    return node, node.service_builder(name).request_response(item, item).open_or_create()
+
+
+def _bytes_of(sample: Any) -> Any:
+    return numpy.frombuffer(sample.payload().as_memory_view(), dtype="B")
+
+
+def _fill(memory: Any, operation: int, payload: Any) -> None:
+    memory[0] = operation
+    memory[HEADER_BYTES:] = numpy.frombuffer(payload, dtype="B") if len(payload) else 0
+
+
+def _serve(iox: ModuleType, address: str, ready: threading.Event) -> None:
+    node, service = _service(iox, address)
+    port = service.server_builder().initial_max_slice_len(LARGEST_BYTES).create()
+    server = Server()
+    ready.set()
+    while True:
+        if (request := port.receive()) is None:
+            continue
+        memory = _bytes_of(request)
+        answer = server.answer(int(memory[0]), memory[HEADER_BYTES:])
+        response = request.loan_slice_uninit(HEADER_BYTES + len(answer))
+        _fill(_bytes_of(response), 0, answer)
+        response.assume_init().send()
+        del memory, answer, request, response  # the library takes it back when nobody looks at it
+
+
+class IceoryxFloor(BytesFloor):
+    """Worker 1 serves on a thread that polls."""
+
+    name = "iceoryx2"
+    package = "iceoryx2"
+    installed_as = "iceoryx2"
+    world_size = 2
+
+    def wire(self, address: str) -> IceoryxWire:
+        return IceoryxWire(self.module, address)
+
+    def serve(self, rank: int, address: str) -> None:
+        ready = threading.Event()
+        threading.Thread(target=_serve, args=(self.module, address, ready), name="server", daemon=True).start()
+        ready.wait()
