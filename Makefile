@@ -97,7 +97,7 @@ $(VENV_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import tomllib; \
 		conf = tomllib.load(open("pyproject.toml", "rb")); project = conf["project"]; \
-		extras = project["optional-dependencies"].values(); \
+		extras = [names for extra, names in project["optional-dependencies"].items() if extra != "bench"]; \
 		print(*conf["build-system"]["requires"], *project["dependencies"], *sum(extras, []), sep="\n")' \
 		> $(VENV)/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $(VENV)/requirements.txt

@@ -1,4 +1,4 @@
-"""``python -m fastref.bench``: measure fastref and ``torch.distributed.rpc`` side by side, and print the table."""
+"""``fastref bench`` and ``python -m fastref.bench``: measure side by side, and print the tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastref.bench.backends import BACKENDS
 from fastref.bench.compare import compare
+from fastref.bench.plot import plot
 from fastref.bench.report import machine, text_table, to_json, write_markdown
 from fastref.bench.rows import ROW_GROUPS, ROWS
 from fastref.bench.timing import FULL, QUICK
@@ -20,13 +21,15 @@ __all__ = ["main"]
 ROUNDS, QUICK_ROUNDS = 3, 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastref.bench") -> int:
     """Run the comparison that the arguments describe.
 
     Parameters
     ----------
     arguments : sequence of str, optional
         Those of the process by default.
+    prog : str
+        How the command is called in its help.
 
     Returns
     -------
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 when everything was measured, however far it reached; 1 when a measurement failed;
         130 after Ctrl-C.
     """
-    chosen = _parser().parse_args(arguments)
+    chosen = _parser(prog).parse_args(arguments)
     effort, rounds = (QUICK, QUICK_ROUNDS) if chosen.quick else (FULL, ROUNDS)
     if chosen.seconds is not None:
         effort = dataclasses.replace(effort, seconds=chosen.seconds)
@@ -46,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_markdown(comparison, chosen.markdown)
         if chosen.json:
             chosen.json.write_text(to_json(comparison))
+        if chosen.plot:
+            plot(comparison, chosen.plot)
     except FastrefError as error:
         progress.done()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -58,9 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fastref.bench", description=__doc__)
-    parser.add_argument("--backends", type=_names(BACKENDS), default=list(BACKENDS), metavar="NAME,...")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    description = "Measure fastref, torch.distributed.rpc and other libraries side by side, and print the tables."
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument(
+        "--backends", type=_names(BACKENDS), default=list(BACKENDS), metavar="NAME,...", help=", ".join(BACKENDS)
+    )
     known = "; ".join(f"{group}: {', '.join(names)}" for group, names in ROW_GROUPS.items())
     parser.add_argument(
         "--rows", type=_rows, default=list(ROWS), metavar="ROW,...", help=f"rows, or groups of rows ({known})"
@@ -70,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="little of everything: shows that it runs, not how fast")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table, or fill it in between marks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the tables (svg, png, pdf; needs matplotlib)")
     return parser
 
 

@@ -121,18 +121,16 @@ _TENSORS = {
 
 # The same work for every library that has objects in other processes.
 _PEERS = {
-    "object_create": Row("make an object elsewhere and call it once", "us", "peers", None, "object_create"),
+    "object_create": Row("make an object and call it once", "us", "peers", None, "object_create"),
     "object_call": Row("empty method", "us", "peers", None, "object_call"),
-    "object_rate": Row(
-        "empty methods, as many at a time as it allows", "1/s", "peers", None, "object_rate", higher_is_better=True
-    ),
+    "object_rate": Row("empty methods, many in flight", "1/s", "peers", None, "object_rate", higher_is_better=True),
     "object_echo_1k": Row("method that echoes 1 KiB", "us", "peers", None, "object_echo_1k"),
     "object_echo_64k": Row("method that echoes 64 KiB", "us", "peers", None, "object_echo_64k"),
     "object_echo_1m": Row("method that echoes 1 MiB", "us", "peers", None, "object_echo_1m"),
     "object_echo_16m": Row("method that echoes 16 MiB", "us", "peers", None, "object_echo_16m"),
     "object_fetch_1m": Row("fetch a tensor of 1 MiB", "us", "peers", None, "object_fetch_1m"),
-    "object_pass": Row("pass a reference to a third process, called there", "us", "peers", None, "object_pass"),
-    "object_release": Row("let go of the object until its destructor has run", "us", "peers", None, "object_release"),
+    "object_pass": Row("pass to a third process, call there", "us", "peers", None, "object_pass"),
+    "object_release": Row("let go until the destructor runs", "us", "peers", None, "object_release"),
 }
 
 _COSTS = {

@@ -1,8 +1,9 @@
-"""iceoryx2: requests and responses in shared memory, polled for at both ends; the payload is copied in and read there."""
+"""iceoryx2: requests and responses in shared memory, polled for at both ends; payloads are copied in, read in place."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,7 @@ class IceoryxWire:
         _fill(_bytes_of(request), operation, payload)
         pending = request.assume_init().send()
         while (response := pending.receive()) is None:
-            pass
+            os.sched_yield()
         # The payload is read where it lies, until the next question.
         self._answered = response
         return _bytes_of(response)[HEADER_BYTES:]
@@ -67,6 +68,7 @@ def _serve(iox: ModuleType, address: str, ready: threading.Event) -> None:
     ready.set()
     while True:
         if (request := port.receive()) is None:
+            os.sched_yield()
             continue
         memory = _bytes_of(request)
         answer = server.answer(int(memory[0]), memory[HEADER_BYTES:])

@@ -1,4 +1,4 @@
-"""``multiprocessing.managers``: objects in server processes, called through proxies; tensors go as torch pickles them."""
+"""``multiprocessing.managers``: objects in server processes, called through proxies; tensors as torch pickles them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pyro5: objects of daemons, called through proxies made of their URIs; bytes by the marshal serializer, unix sockets."""
+"""Pyro5: objects of daemons, called through proxies made of their URIs; bytes by marshal, unix sockets."""
 
 from __future__ import annotations
 

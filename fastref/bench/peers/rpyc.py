@@ -1,4 +1,4 @@
-"""rpyc: a service in each process, objects called through netrefs; tensors as bytes, which go by value; unix sockets."""
+"""rpyc: a service in each process, objects called through netrefs; tensors as bytes, by value; unix sockets."""
 
 from __future__ import annotations
 
