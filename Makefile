@@ -27,7 +27,7 @@ INSTRUMENTED := LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc
 endif
 
 .PHONY: demo test conformance differences gates model tsan fuzz fuzz-decoders debug build lint format types docs \
-	bench-quick clean
+	bench-quick bench-html bench-compare clean
 
 demo: build
 	$(INSTRUMENTED) $(PY) examples/parameter_server.py --compare
@@ -71,6 +71,20 @@ bench-quick: build
 	$(PY) -m fastref.bench --quick
 	cd asv_bench && $(abspath $(PY)) -m asv machine --yes && \
 		$(abspath $(PY)) -m asv run --python=same --quick --show-stderr $(ASV_ARGS)
+
+ASV := cd asv_bench && $(abspath $(PY)) -m asv
+
+# What was measured of every commit so far, as pages to look at; they appear in asv_bench/.asv/html.
+bench-html: $(VENV_STAMP)
+	$(ASV) publish
+
+# This commit against another one, both built afresh; fails when a benchmark became 10 % worse.
+# BENCH=Instructions selects what no neighbour disturbs.
+BASE ?= HEAD~1
+BENCH ?= .
+bench-compare: $(VENV_STAMP)
+	$(ASV) machine --yes
+	$(ASV) continuous --factor 1.1 --bench '$(BENCH)' $(ASV_ARGS) $(BASE) HEAD
 
 # Thread sanitizer needs the address space it knows, hence no randomization where the system lets us say so.
 TSAN_TESTS := $(patsubst tests/c/%.c,build/tsan/%,$(wildcard tests/c/*.c))

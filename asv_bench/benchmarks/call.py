@@ -2,7 +2,19 @@
 
 from benchmarks.side_by_side import BACKENDS, assert_done, run_side_by_side
 
-CALLS = ["call", "method", "remote", "pass", "echo_1k", "echo_64k", "echo_1m"]
+CALLS = [
+    "call",
+    "call_asleep",
+    "call_burn",
+    "method",
+    "remote",
+    "pass",
+    "echo_1k",
+    "echo_64k",
+    "echo_1m",
+    "echo_1m_asleep",
+]
+RATES = ["async", "remote_rate"]
 
 
 class Call:
@@ -32,24 +44,25 @@ class Call:
     track_ratio.unit = "times"
 
 
-class AsyncCalls:
-    """Empty calls per second by ``rpc_async``, 1,000 in flight; ratio: how many times torch's rate."""
+class Rates:
+    """Empty calls, and references made and fetched, per second, many in flight; ratio: how many times torch's rate."""
 
-    params = (BACKENDS,)
-    param_names = ("backend",)
-    unit = "calls/s"
+    params = (RATES, BACKENDS)
+    param_names = ("row", "backend")
+    unit = "1/s"
 
     def setup_cache(self):
-        return run_side_by_side(["async"])
+        return run_side_by_side(RATES)
 
-    def teardown(self, comparison, *backend):
-        assert_done(comparison, "async")
+    def teardown(self, comparison, row, *backend):
+        assert_done(comparison, row)
 
-    def track_rate(self, comparison, backend):
-        return comparison.medians("async")[backend]
+    def track_rate(self, comparison, row, backend):
+        return comparison.medians(row)[backend]
 
-    def track_ratio(self, comparison):
-        return comparison.ratio("async")
+    def track_ratio(self, comparison, row):
+        return comparison.ratio(row)
 
-    track_ratio.params = ()
+    track_ratio.params = (RATES,)
+    track_ratio.param_names = ("row",)
     track_ratio.unit = "times"
