@@ -54,7 +54,7 @@ def count_instructions() -> dict[str, float]:
     if absent := [name for name in PARTS if name not in totals]:
         raise FastrefError(f"callgrind wrote nothing down for {', '.join(absent)}")
     loop = totals[EMPTY]
-    return {name: (totals[name] - loop) / TURNS for name in PARTS if name != EMPTY}
+    return {name: (totals[name] - loop) / (TURNS * part.operations) for name, part in PARTS.items() if name != EMPTY}
 
 
 def parse_dump(text: str) -> tuple[str, int]:

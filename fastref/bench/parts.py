@@ -8,26 +8,47 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, table_sizes
 from fastref.bench import counting
+from fastref.bench.bare import RECORDS, BareRing
 from fastref.channels.channel import BELL_BYTES, Inbox
 from fastref.channels.shm import RING_SIZE, ShmChannel, ring_bytes
 from fastref.codec.stream import decode, encode
 from fastref.errors import FastrefError, UsageError
 
-__all__ = ["EMPTY", "PARTS", "TURNS"]
+__all__ = ["EMPTY", "PARTS", "TURNS", "Part"]
 
 TURNS = 1000
 EMPTY = "nothing"
 CAPACITY = 1024
 SMALL_VALUE = (1, "name", 2.5, None, b"bytes", [True, 12345678901])
 
-Part = Callable[[], Callable[[], object]]
+
+@dataclass(frozen=True)
+class Part:
+    """What is counted.
+
+    Parameters
+    ----------
+    prepare : callable
+        Returns what is called for one turn.
+    operations : int
+        How many of them a turn has; the figure is for one.
+    """
+
+    prepare: Callable[[], Callable[[], object]]
+    operations: int = 1
 
 
-def ring(size_bytes: int) -> Callable[[], object]:
-    """Send a record through a ring in shared memory, and receive it."""
+def bare_ring() -> Callable[[], object]:
+    """Have records pass a ring, driven from C."""
+    return BareRing(mmap.mmap(-1, ring_bytes()), RING_SIZE).turn
+
+
+def channel(size_bytes: int) -> Callable[[], object]:
+    """Send a record through a channel in shared memory, and receive it, as the interpreter sees that."""
     memory, bell = mmap.mmap(-1, ring_bytes()), mmap.mmap(-1, BELL_BYTES)
     inbox = Inbox(bell)
     inbox.add_ring(1, memory, RING_SIZE)
@@ -91,14 +112,15 @@ def nothing() -> Callable[[], object]:
 
 
 PARTS: dict[str, Part] = {
-    EMPTY: nothing,
-    "ring_16": lambda: ring(16),
-    "ring_1k": lambda: ring(1024),
-    "handle": handle,
-    "entry": entry,
-    "encode": encoding,
-    "decode": decoding,
-    "id": ids,
+    EMPTY: Part(nothing),
+    "ring": Part(bare_ring, RECORDS),
+    "channel_16": Part(lambda: channel(16)),
+    "channel_1k": Part(lambda: channel(1024)),
+    "handle": Part(handle),
+    "entry": Part(entry),
+    "encode": Part(encoding),
+    "decode": Part(decoding),
+    "id": Part(ids),
 }
 
 
@@ -106,8 +128,8 @@ def main() -> None:
     """Have every part counted."""
     if not counting.is_counted():
         raise UsageError(f"{__spec__.name} runs under callgrind, started by fastref.bench.instructions")
-    for name, prepare in PARTS.items():
-        turn = prepare()
+    for name, part in PARTS.items():
+        turn = part.prepare()
 
         def turns(turn: Callable[[], object] = turn) -> None:
             for _ in range(TURNS):
