@@ -1,12 +1,11 @@
-"""Destructors seen from another process: how many have run and when the last one did, in memory that both map."""
+"""Destructors seen from another process: how many have run and when the last one did, in memory that both reach."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 import time
-from functools import lru_cache
+import weakref
 
 from fastref.errors import CallTimeout
 
@@ -18,21 +17,18 @@ TIMEOUT_S = 10.0
 
 
 class Ledger:
-    """What destructors write down; the process that made it reads it.
-
-    The memory goes with the process: no name is left behind.
-    """
+    """What destructors write down; the process that made it reads it, and it goes with that process."""
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create("fastref-bench-ledger")
-        os.ftruncate(self._descriptor, _ENTRY.size)
-        self._memory = mmap.mmap(self._descriptor, _ENTRY.size)
+        os.pwrite(self._descriptor, bytes(_ENTRY.size), 0)
         self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"  # for `record`, in any process of this user
+        self.close = weakref.finalize(self, os.close, self._descriptor)
 
     @property
     def count(self) -> int:
         """How many destructors have run."""
-        return int(_ENTRY.unpack_from(self._memory)[0])
+        return self._read()[0]
 
     def wait(self, count: int) -> int:
         """Wait until ``count`` destructors have run; return when the last one did, as ``perf_counter_ns`` counts.
@@ -43,27 +39,23 @@ class Ledger:
             They have not after ten seconds.
         """
         deadline = time.monotonic() + TIMEOUT_S
-        while self.count < count:
+        while (entry := self._read())[0] < count:
             if time.monotonic() > deadline:
                 raise CallTimeout(f"a destructor did not run within {TIMEOUT_S:g} s", "")
             time.sleep(POLL_S)
-        return int(_ENTRY.unpack_from(self._memory)[1])
+        return entry[1]
 
-    def close(self) -> None:
-        """Give the memory back."""
-        self._memory.close()
-        os.close(self._descriptor)
+    def _read(self) -> tuple[int, int]:
+        count, when = _ENTRY.unpack(os.pread(self._descriptor, _ENTRY.size, 0))
+        return count, when
 
 
 def record(path: str) -> None:
-    """Write down that a destructor runs now. One process writes into one ledger."""
-    memory = _opened(path)
-    count, _ = _ENTRY.unpack_from(memory)
-    _ENTRY.pack_into(memory, 0, count, time.perf_counter_ns())  # whoever sees the count sees its time
-    _ENTRY.pack_into(memory, 0, count + 1, _ENTRY.unpack_from(memory)[1])
-
-
-@lru_cache
-def _opened(path: str) -> mmap.mmap:
-    with open(path, "r+b") as file:
-        return mmap.mmap(file.fileno(), _ENTRY.size)
+    """Write down that a destructor runs now. One process at a time writes into one ledger."""
+    now = time.perf_counter_ns()
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        count, _ = _ENTRY.unpack(os.pread(descriptor, _ENTRY.size, 0))
+        os.pwrite(descriptor, _ENTRY.pack(count + 1, now), 0)
+    finally:
+        os.close(descriptor)
