@@ -6,7 +6,9 @@
  * filled, and then the bit is cleared: in this order.
  *
  * A lease ends wherever its last user lets go: on any thread, with or without the interpreter lock. Nothing here calls
- * Python. Two leases of one place never overlap in one process: whoever reads a block that is leased already copies it.
+ * Python. Looking through the pages of a large one takes long, so that is an errand: until it is done the lease counts as
+ * living, and its bit is set; nobody uses its pages any more, so whatever else may happen to them meanwhile is no matter.
+ * Two leases of one place never overlap in one process: whoever reads a block that is leased already copies it.
  *
  * A page that is written costs a fault and a copy, 20 times what copying it ahead would have cost; a page that is only
  * read costs next to nothing. So the end of a lease tells whether those who get such blocks write, and blocks for the
@@ -19,12 +21,16 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include "fr_errand.h"
 #include "fr_table.h"
 
 #define FR_PAGE 4096u
 #define FR_SITES 256u
 #define FR_WRITTEN_PART 16 /* a lease of which more than this part was written would have been cheaper as a copy */
 #define FR_LONGEST_ABSTENTION 128
+#ifndef FR_ERRAND_FROM /* tests have small leases take the long way too */
+#define FR_ERRAND_FROM 4194304 /* bytes; smaller leases end in less time than it takes to wake the thread */
+#endif
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
@@ -33,6 +39,7 @@
 struct fr_leases;
 
 struct fr_lease {
+    struct fr_errand errand;      /* its end, if it is large; first, so that one is found by the other */
     uint32_t users;               /* tensors, buffers, whoever is decoding */
     uint32_t index;               /* of the block's entry in its owner's table */
     uint32_t site;
@@ -55,12 +62,13 @@ struct fr_leases {                /* all leases of one peer's memory */
     struct {
         uint8_t copies, next;     /* blocks yet to be copied before the next probe; how many after it, if it is written */
     } site[FR_SITES];
-    uint8_t *leased;              /* per entry of the owner's table: its block is leased; set under the lock */
+    struct fr_lease **leased;     /* per entry of the owner's table: the lease of its block; set under the lock */
     int closed;                   /* no lease is made any more */
     void *keeper;                 /* who has to outlive the leases: kept from the first on, */
     void (*emptied)(void *keeper); /* until the last has ended; any thread, with or without the interpreter lock */
     struct fr_leases *next, **link; /* in the list of all, for fork(); under fr_leases_lock */
     int foreign;                  /* made before this process was forked */
+    struct fr_errands *errands;   /* who ends large leases; NULL: nobody but who lets go */
 };
 
 /* ---- pages */
@@ -174,6 +182,65 @@ static inline void fr_pages_make_private(char *start, size_t size)
 
 /* ---- leases */
 
+/* The end of a lease that has no user and is in no list. */
+static inline void fr_lease_end(struct fr_lease *lease)
+{
+    struct fr_leases *of = lease->of;
+    void (*emptied)(void *);
+    void *keeper;
+    int64_t written;
+    written = fr_pages_drop_written(lease->start, lease->size);
+    FR_FAILPOINT("lease.cleaned");
+    if (written >= 0) {
+        __atomic_store_n(&of->leased[lease->index], NULL, __ATOMIC_RELEASE); /* SYNC: the pages before the next lease */
+        fr_holder_release(of->holder, lease->index);
+    }
+    pthread_mutex_lock(&of->lock);
+    if (written < 0) {
+        of->stuck++;
+    } else if (!lease->loose) { /* else nobody knows who wrote its pages */
+        of->pages_written += written;
+        if (written * FR_WRITTEN_PART > (int64_t)(lease->size / FR_PAGE)) {
+            uint8_t next = of->site[lease->site].next;
+            of->site[lease->site].copies = next = next ? next : 8;
+            of->site[lease->site].next = next < FR_LONGEST_ABSTENTION ? next * 2 : FR_LONGEST_ABSTENTION;
+        } else {
+            of->site[lease->site].next = 0;
+        }
+    }
+    of->live--;
+    keeper = of->live ? NULL : of->keeper;
+    emptied = of->emptied;
+    pthread_mutex_unlock(&of->lock);
+    free(lease);
+    if (keeper)
+        emptied(keeper); /* `of` may be gone already, or be in use again */
+}
+
+static inline void fr_lease_run_errand(struct fr_errand *errand) { fr_lease_end((struct fr_lease *)errand); }
+
+/* If the last lease of a block has no user any more, and only its end is still to be done, have it done: whoever fetches
+ * a value again and again would copy it else. */
+static inline void fr_lease_await_end(struct fr_leases *of, uint32_t index)
+{
+    const struct timespec moment = {0, 20000};
+    for (int tries = 0; tries < 1000; tries++) {
+        struct fr_lease *last;
+        int in_use;
+        pthread_mutex_lock(&of->lock);
+        last = __atomic_load_n(&of->leased[index], __ATOMIC_ACQUIRE); /* SYNC: with its end */
+        in_use = last && __atomic_load_n(&last->users, __ATOMIC_RELAXED); /* it is not freed before we let go of the lock */
+        pthread_mutex_unlock(&of->lock);
+        if (!last || in_use || !of->errands)
+            return;
+        /* Another lease may be there by now, and have ended too: then that one is ended. */
+        if (fr_errands_take_back(of->errands, &last->errand))
+            fr_lease_end(last);
+        else
+            nanosleep(&moment, NULL);
+    }
+}
+
 /* Lease a block whose sender still pins it. NULL, with *why: 0, this cannot be leased and must be copied; 1, no memory;
  * 2, the entry is not what the sender says. The first lease of `of` sets *first: whoever keeps `of` alive must know. */
 static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offset, uint64_t size, uint32_t index,
@@ -210,10 +277,11 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
         return NULL;
     }
     FR_FAILPOINT("lease.taken");
+    fr_lease_await_end(of, index);
     pthread_mutex_lock(&of->lock);
     closed = of->closed || __atomic_load_n(&of->leased[index], __ATOMIC_ACQUIRE); /* SYNC: with its end */
     if (!closed) {
-        of->leased[index] = 1;
+        __atomic_store_n(&of->leased[index], lease, __ATOMIC_RELAXED); /* relaxed: under the lock */
         lease->next = of->living;
         lease->link = &of->living;
         if (lease->next)
@@ -241,9 +309,6 @@ FR_INLINE void fr_lease_share(struct fr_lease *lease)
 static inline void fr_lease_drop(struct fr_lease *lease)
 {
     struct fr_leases *of = lease->of;
-    void (*emptied)(void *);
-    void *keeper;
-    int64_t written;
     /* SYNC: what other users wrote happened before the pages are dropped. */
     if (__atomic_sub_fetch(&lease->users, 1, __ATOMIC_ACQ_REL))
         return;
@@ -256,32 +321,9 @@ static inline void fr_lease_drop(struct fr_lease *lease)
     if (lease->next)
         lease->next->link = lease->link;
     pthread_mutex_unlock(&of->lock);
-    written = fr_pages_drop_written(lease->start, lease->size);
-    FR_FAILPOINT("lease.cleaned");
-    if (written >= 0) {
-        __atomic_store_n(&of->leased[lease->index], 0, __ATOMIC_RELEASE); /* SYNC: the pages before the next lease */
-        fr_holder_release(of->holder, lease->index);
-    }
-    pthread_mutex_lock(&of->lock);
-    if (written < 0) {
-        of->stuck++;
-    } else if (!lease->loose) { /* else nobody knows who wrote its pages */
-        of->pages_written += written;
-        if (written * FR_WRITTEN_PART > (int64_t)(lease->size / FR_PAGE)) {
-            uint8_t next = of->site[lease->site].next;
-            of->site[lease->site].copies = next = next ? next : 8;
-            of->site[lease->site].next = next < FR_LONGEST_ABSTENTION ? next * 2 : FR_LONGEST_ABSTENTION;
-        } else {
-            of->site[lease->site].next = 0;
-        }
-    }
-    of->live--;
-    keeper = of->live ? NULL : of->keeper;
-    emptied = of->emptied;
-    pthread_mutex_unlock(&of->lock);
-    free(lease);
-    if (keeper)
-        emptied(keeper); /* `of` may be gone already, or be in use again */
+    lease->errand.run = fr_lease_run_errand;
+    if (lease->size < FR_ERRAND_FROM || !of->errands || !fr_errands_post(of->errands, &lease->errand))
+        fr_lease_end(lease);
 }
 
 /* All that is leased now lies in private pages afterwards. Under the lock. */
@@ -353,16 +395,17 @@ static inline void fr_leases_watch_forks(void)
 
 /* Returns 0 when there is no memory. */
 static inline int fr_leases_begin(struct fr_leases *of, struct fr_holder *holder, char *base, size_t size,
-                                  void (*emptied)(void *keeper), void *keeper)
+                                  struct fr_errands *errands, void (*emptied)(void *keeper), void *keeper)
 {
     memset(of, 0, sizeof *of);
-    of->leased = calloc(holder->at.capacity, 1);
+    of->leased = calloc(holder->at.capacity, sizeof *of->leased);
     if (!of->leased)
         return 0;
     pthread_mutex_init(&of->lock, NULL);
     of->holder = holder;
     of->base = base;
     of->size = size;
+    of->errands = errands;
     of->emptied = emptied;
     of->keeper = keeper;
     pthread_mutex_lock(&fr_leases_lock);

@@ -4,12 +4,15 @@ from functools import partial
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memmove
 
-from fastref._core cimport FR_FAILPOINT, Holder, failpoints, fr_failpoints_here, fr_holder
+from fastref._core cimport (FR_FAILPOINT, Holder, failpoints, fr_exchange, fr_failpoints_here, fr_holder,
+                            fr_load_relaxed, fr_or)
+from fastref.carriers.warm cimport errands, fr_errands
 
 from fastref.errors import ProtocolError
 
@@ -25,10 +28,14 @@ cdef extern from "fr_lease.h" nogil:
     void fr_lease_share(fr_lease*)
     void fr_lease_drop(fr_lease*)
     void fr_leases_detach(fr_leases*)
-    bint fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, void (*)(void*) noexcept nogil, void*)
+    bint fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, fr_errands*, void (*)(void*) noexcept nogil,
+                         void*)
     int fr_leases_any(fr_leases*, uint64_t, uint64_t)
     void fr_leases_end(fr_leases*)
     void fr_leases_watch_forks()
+
+cdef extern from "fr_atomic.h" nogil:
+    bint fr_cas(uint64_t*, uint64_t, uint64_t)
 
 cdef extern from "unistd.h" nogil:
     long sysconf(int)
@@ -48,23 +55,44 @@ cdef void drop_lease(fr_lease* lease) noexcept nogil:
     fr_lease_drop(lease)
 
 
+cdef enum:
+    REFUSED = 1 << 30       # no call could be arranged for what is counted beside it
+
+cdef struct Borrowed:       # what keeps a PeerArena, and is kept by it
+    fr_leases leases
+    PyObject* arena
+    uint64_t unneeded       # references that leases held and need no more, for the interpreter to take back
+
+
 cdef int _let_go(void* keeper) noexcept:
-    """With the interpreter lock: what leases needed is not needed any more."""
-    Py_DECREF(<PeerArena>keeper)
+    """With the interpreter lock: what leases needed is not needed any more, as often as was said meanwhile."""
+    cdef Borrowed* borrowed = <Borrowed*>keeper
+    cdef PyObject* arena = borrowed.arena
+    cdef uint64_t count = fr_exchange(&borrowed.unneeded, 0)  # SYNC: who counts from here on arranges another call
+    for _ in range(count):
+        Py_DECREF(<object>arena)  # with the last one all of this may go
     return 0
 
 
 cdef void _let_go_held(void* keeper) noexcept with gil:
-    _let_go(keeper)
+    Py_DECREF(<object>(<Borrowed*>keeper).arena)
 
 
 cdef void _emptied(void* keeper) noexcept nogil:
+    cdef uint64_t* unneeded = &(<Borrowed*>keeper).unneeded
+    cdef uint64_t before
     if not Py_IsInitialized():
         return
     if PyGILState_Check():
         _let_go_held(keeper)
-    else:
-        Py_AddPendingCall(_let_go, keeper)  # refused, the mapping stays until the process ends: no more than that
+        return
+    while True:
+        before = fr_load_relaxed(unneeded)  # relaxed: the exchange looks again
+        if fr_cas(unneeded, before, (before & ~<uint64_t>REFUSED) + 1):
+            break
+    # One call is under way at most; who did not arrange it touches nothing from here on, for it may be over already.
+    if (before == 0 or before & REFUSED) and Py_AddPendingCall(_let_go, keeper):
+        fr_or(unneeded, REFUSED)  # the next lease that ends tries again, else the mapping stays: no more than that
 
 
 @cython.no_gc
@@ -110,6 +138,7 @@ cdef class PeerArena:
     def __cinit__(self, memory, private=None, holder: Holder | None = None, look=None):
         cdef const unsigned char[::1] room = memory
         cdef unsigned char[::1] own
+        cdef Borrowed* borrowed
         self._memory = memoryview(memory)
         self.base = <const char*>&room[0]
         self.size_bytes = room.shape[0]
@@ -122,13 +151,14 @@ cdef class PeerArena:
         if own.shape[0] != self.size_bytes:
             raise ProtocolError(f"an arena of {self.size_bytes} bytes is mapped again with {own.shape[0]}")
         self._private, self._holder = memoryview(private), holder
-        self.leases = calloc(1, sizeof(fr_leases))
-        if self.leases == NULL:
+        borrowed = <Borrowed*>calloc(1, sizeof(Borrowed))
+        if borrowed == NULL:
             raise MemoryError()
-        if not fr_leases_begin(<fr_leases*>self.leases, &holder.h, <char*>&own[0], self.size_bytes, _emptied, <void*>self):
-            free(self.leases)
-            self.leases = NULL
+        borrowed.arena = <PyObject*>self
+        if not fr_leases_begin(&borrowed.leases, &holder.h, <char*>&own[0], self.size_bytes, errands(), _emptied, borrowed):
+            free(borrowed)
             raise MemoryError()
+        self.leases = borrowed
 
     def __dealloc__(self):
         if self.leases != NULL:

@@ -7,6 +7,7 @@ import struct
 
 from fastref._core import Holder, failpoint, table_sizes
 from fastref.carriers.arena import Arena
+from fastref.carriers.warm import keep_warm
 from fastref.channels.channel import BELL_BYTES
 from fastref.channels.shm import RING_SIZE, ring_bytes
 from fastref.channels.slots import slot_bytes
@@ -39,6 +40,7 @@ SLOTS = 64
 CONTROL_BYTES = SLOTS_OFFSET + slot_bytes(SLOTS)
 LARGEST_DEFAULT = 256 << 30  # bytes of an arena
 TABLE_STEP = 4096  # entries whose memory is made sure of at once
+LEAST_WARM, MOST_WARM = 16 << 20, 512 << 20  # bytes of freed memory that may wait for their next use
 
 assert BELL_OFFSET + BELL_BYTES <= SLOTS_OFFSET
 
@@ -70,6 +72,7 @@ class OwnMemory:
         self._rings: dict[int, Mapping] = {}
         self.capacity = options.table_capacity
         self.usable = 0
+        keep_warm(min(max(available_bytes() // 32, LEAST_WARM), MOST_WARM))
         self.files = OwnFiles(arena_limit(options))
         self._fds["arena"] = self.files.first
         try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
 from fastref._version import __version__
+from fastref.carriers.warm import warm_figures
 from fastref.channels.channel import MAX_PEERS, Inbox
 from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel
@@ -560,6 +561,7 @@ class Runtime(GroupKeeper):
             "table": self.table.snapshot(),
             "abroad": {"forks": self._owner_forks.total(), "waiting": self._user_forks.waiting()},
             "arena": self.arena.snapshot(),
+            "warm": warm_figures(),
             "rings": self.inbox.snapshot(),
             # Somebody's name may have been that of one who has gone: of the two the living one is shown.
             "peers": {p.name: p.snapshot() for p in sorted(self.known_peers(), key=lambda p: not p.is_dead)},

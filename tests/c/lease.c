@@ -2,7 +2,8 @@
  * borrowers lease, check every page, write some, share the lease among threads and let go in any order.
  *
  * A borrower must see the bytes that were sent and its own, until it lets go, whatever the owner has filled meanwhile;
- * the next lease of the same place must show nothing of what was written under the one before. Now and then the process
+ * the next lease of the same place must show nothing of what was written under the one before. Of the two processes one
+ * ends its leases in place, the other by errands. Now and then the process
  * forks, and the child must see its leases unchanged while the parent goes on. In the end those who still hold leases
  * cut themselves off, the owner overwrites everything, and nothing may have changed for them. */
 #define _GNU_SOURCE
@@ -10,6 +11,7 @@
 
 #include <sys/wait.h>
 
+#define FR_ERRAND_FROM 1 /* every lease of a process that has errands */
 #include "fr_lease.h"
 
 #define BLOCKS 12u
@@ -40,6 +42,7 @@ struct borrower {
 static struct fr_regions table;
 static struct fr_holder owner, holders[2];
 static struct fr_leases leases[2];
+static struct fr_errands errands;
 static struct borrower borrowers[BORROWERS];
 static char *shared;                       /* the owner's mapping */
 static struct fr_lease *gift[2];           /* a lease that threads of one process pass on to each other */
@@ -157,6 +160,10 @@ static void *borrow(void *argument)
     return NULL;
 }
 
+static void before_fork(void) { fr_errands_before_fork(&errands); }
+static void after_fork(void) { fr_errands_after_fork(&errands); }
+static void in_child(void) { fr_errands_begin(&errands); }
+
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 /* A child looks at what it inherited while the parent goes on. The leases are those of this thread's own. */
 static void fork_and_look(struct held *held, unsigned count)
@@ -246,6 +253,8 @@ int main(int argc, char **argv)
     CHECK(fd >= 0 && ftruncate(fd, BLOCKS * BLOCK) == 0);
     shared = mmap(NULL, BLOCKS * BLOCK, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     CHECK(shared != MAP_FAILED);
+    fr_errands_begin(&errands);
+    pthread_atfork(before_fork, after_fork, in_child);
     fr_leases_watch_forks();
     table = (struct fr_regions){(uint64_t *)hold, (uint64_t *)(hold + FR_HOLD_OFFSET),
                                 (uint64_t *)(hold + FR_HOLD_OFFSET + ENTRIES * 8), descriptors, ENTRIES};
@@ -261,7 +270,8 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < 2; i++) {
         char *private = mmap(NULL, BLOCKS * BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd, 0);
         CHECK(private != MAP_FAILED);
-        fr_leases_begin(&leases[i], &holders[i], private, BLOCKS * BLOCK, count_empty, leases);
+        fr_leases_begin(&leases[i], &holders[i], private, BLOCKS * BLOCK, i ? NULL : &errands,
+                        count_empty, leases);
     }
     for (unsigned i = 0; i < BORROWERS; i++) {
         borrowers[i].number = i;
@@ -328,6 +338,8 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < 2; i++) {
         if (gift[i])
             fr_lease_drop(gift[i]);
+        if (i == 0)
+            fr_errands_stop(&errands);
         CHECK(!leases[i].live && !leases[i].living && !holders[i].entries_held);
         stuck += leases[i].stuck;
         fr_leases_end(&leases[i]);
@@ -340,7 +352,7 @@ int main(int argc, char **argv)
         copied += borrowers[i].copied;
         wrote += borrowers[i].wrote;
     }
-    CHECK(leased && wrote && copied);
+    CHECK(leased && wrote && copied && errands.done);
     printf("lease: %lu sent, %lu leased, %lu copied, %lu pages written, %lu forks\n", (unsigned long)sent,
            (unsigned long)leased, (unsigned long)copied, (unsigned long)wrote, (unsigned long)forked);
     return 0;
