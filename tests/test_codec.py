@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastref.codec.stream import decode, encode
 from fastref.errors import ProtocolError
+from tests.test_codec_tensors import same, tensor_bytes
 
 LARGEST, SMALLEST = 2**63 - 1, -(2**63)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -34,27 +35,6 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.complex64, torch.complex128,
-]  # fmt: skip
-
-
-def same(one, two) -> bool:
-    """Equal in value, exact type, order and sign, NaN included."""
-    if type(one) is not type(two):
-        return False
-    if isinstance(one, float):
-        return struct.pack("=d", one) == struct.pack("=d", two)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(two) and all(map(same, one, two))
-    if isinstance(one, dict):
-        return same(list(one), list(two)) and same(list(one.values()), list(two.values()))
-    if isinstance(one, torch.Tensor):
-        if (one.dtype, one.shape) != (two.dtype, two.shape):
-            return False
-        return one.reshape(-1).view(torch.uint8).equal(two.reshape(-1).view(torch.uint8)) if one.numel() else True
-    return one == two
 
 
 def nested(depth: int, kind=list):
@@ -148,7 +128,6 @@ class Text(str):
         1j,
         Number(3),
         Text("a"),
-        bytearray(b"a"),
         {1},
         frozenset(),
         range(3),
@@ -195,107 +174,6 @@ def test_a_reference_that_the_frame_does_not_carry_is_refused():
     with pytest.raises(ProtocolError, match="reference 1 of 1"):
         decode(data, ["only"])
     assert decode(b"R" + struct.pack("=I", 0), ["only"]) == "only"
-
-
-# Tensors
-
-
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def test_a_quantized_tensor_takes_pickle():
-    assert encode(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)) is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3), (5, 100), (1000, 3), (1,) * 16], ids=str)
-def test_a_tensor_comes_back_as_it_was(dtype, shape):
-    tensor = torch.randint(0, 2, shape).to(dtype)
-    back = decode(encode(tensor))
-    assert same(back, tensor) and back.is_contiguous() and not back.requires_grad
-    if tensor.numel():
-        assert back.data_ptr() != tensor.data_ptr()
-
-
-def test_a_decoded_tensor_is_its_own_memory():
-    data = encode({"small": torch.zeros(4), "large": torch.zeros(5000)})
-    one, two = decode(data), decode(data)
-    for name in one:
-        one[name].add_(1)
-        assert two[name].sum() == 0 and one[name].data_ptr() % 64 == 0
-
-
-@pytest.mark.parametrize("elements", [1, 255, 256, 257, 5000])
-def test_tensors_between_other_values_stay_apart(elements):
-    value = [1, torch.arange(elements), "x", {"t": torch.arange(elements, dtype=torch.float64), "n": None}, b"end"]
-    assert same(decode(encode(value)), value)
-
-
-def test_a_view_travels_as_its_own_elements():
-    whole = torch.arange(100_000.0)
-    data = encode(whole[10:20])
-    assert data is not None and len(data) < 200
-    assert same(decode(data), whole[10:20].clone())
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.ones(2, requires_grad=True),
-        torch.ones(2, 3).t(),
-        torch.ones(4)[::2],
-        torch.nn.Parameter(torch.ones(2)),
-        torch.ones(2, dtype=torch.complex64).conj(),
-        torch.ones(2, 2).to_sparse(),
-        torch.ones(2, device="meta"),
-        torch.ones(2, dtype=torch.complex64).conj().imag,
-        torch.ones((1,) * 17),
-    ],
-    ids=["grad", "transposed", "strided", "parameter", "conjugated", "sparse", "meta", "negative", "17d"],
-)
-def test_a_tensor_that_is_not_plain_takes_pickle(tensor):
-    assert encode(tensor) is None
-
-
-def tensor_bytes(code=2, bits=32, shape=(2,), data=bytes(8), ndim=None, size=None) -> bytes:
-    head = struct.pack(
-        "=BBBB4xQ", code, bits, len(shape) if ndim is None else ndim, 0, len(data) if size is None else size
-    )
-    return b"X" + head + b"".join(struct.pack("=q", n) for n in shape) + data
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"bits": 0},
-        {"bits": 7},
-        {"bits": 24, "shape": (1,), "data": bytes(3)},
-        {"bits": 248, "shape": (0,), "data": b""},
-        {"code": 3},
-        {"code": 4},
-        {"code": 200},
-        {"code": 6, "bits": 64, "shape": (1,)},
-        {"code": 5, "bits": 8, "shape": (8,)},
-        {"shape": (3,)},
-        {"shape": (-2,)},
-        {"shape": (-1, -2)},
-        {"shape": (2**62, 2**62)},
-        {"shape": (2**63 - 1,)},
-        {"shape": (2**32, 2**32), "data": b""},
-        {"shape": (0, 2**62, 2**62), "data": b""},
-        {"ndim": 17},
-        {"ndim": 255},
-        {"ndim": 2},
-        {"size": 9},
-        {"size": 2**64 - 1},
-        {"size": 2**40, "shape": (2**38,)},
-        {"size": 2**48, "shape": (2**46,)},
-        {"data": bytes(7)},
-    ],
-    ids=str,
-)
-def test_a_damaged_tensor_is_refused(changes):
-    assert same(decode(tensor_bytes()), torch.zeros(2))
-    with pytest.raises(ProtocolError):
-        decode(tensor_bytes(**changes))
 
 
 def test_long_bytes_are_bytes():

@@ -89,8 +89,8 @@ def test_a_view_travels_as_its_own_elements(view: str) -> None:
     tensor = VIEWS[view]()
     for answer in round_trips(tensor):
         assert same(answer, tensor)
-        # Small gaps between the elements go with them, larger ones stay where they are.
-        assert answer.untyped_storage().nbytes() <= max(tensor.numel() * tensor.element_size(), 16384)
+        # Small gaps between the elements go with them, and narrow ones; of what lies far apart the elements alone go.
+        assert answer.untyped_storage().nbytes() <= max(tensor.numel() * tensor.element_size() * 2, 16384)
 
 
 @in_job
@@ -218,7 +218,7 @@ def test_64_mebibytes_travel() -> None:
 @pytest.mark.parametrize("to", ["w1", "w0"])
 @in_job
 def test_what_the_callee_changes_stays_there(to: str, size: int) -> None:
-    for tensor in (torch.zeros(size), torch.zeros(size)[::2], torch.zeros(size).expand(2, size), numpy.zeros(size)):
+    for tensor in (torch.zeros(size), torch.zeros(size)[::2], torch.zeros(2, size).t(), numpy.zeros(size)):
         rpc.rpc_sync(to, work.keep_and_fill, args=(tensor, 5))
         assert not tensor.any()
         assert rpc.rpc_sync(to, work.drop) == 1

@@ -5,11 +5,23 @@ from libc.stdint cimport uint32_t, uint64_t
 from fastref.carriers.borrow cimport Lease
 
 
+cdef extern from "fr_gather.h" nogil:
+    struct fr_gather:
+        uint32_t dims, item
+
+
 cdef struct Segment:
-    # Bytes that are copied once, straight to their destination: `size` bytes at `start`, behind `position` of the stream.
+    # Bytes that are copied once, straight to their destination: `size` bytes from `start` on, behind `position` of the
+    # stream; the elements of a strided tensor where there is a plan.
     uint64_t position
     const char* start
     uint64_t size
+    const fr_gather* plan
+
+
+cdef struct Span:
+    const char* start
+    const char* end
 
 
 cdef class Encoder:
@@ -17,17 +29,22 @@ cdef class Encoder:
     cdef uint64_t size, room
     cdef Segment* segments
     cdef unsigned segment_count, segment_room
-    cdef uint64_t segment_bytes, largest_segment
+    cdef uint64_t segment_bytes
+    cdef uint64_t largest_in_place  # of the segments that the receiver can use where they lie
     cdef list references            # RRefs met, in the order of their numbers
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
     cdef unsigned seen_count, containers
+    cdef Span* spans                # memory of the tensors met, in its order
+    cdef unsigned span_count, span_room
 
     cdef void reset(self) noexcept
     cdef char* grow(self, uint64_t size) except NULL
     cdef int raw(self, const void* start, uint64_t size) except -1
     cdef int tag32(self, char tag, uint32_t number) except -1
-    cdef int segment(self, const char* start, uint64_t size, object keep) except -1
+    cdef int segment(self, const char* start, uint64_t size, const fr_gather* plan, bint in_place,
+                     object keep) except -1
+    cdef bint is_apart(self, const char* start, uint64_t size) except -1
     cdef bint first_meeting(self, object value) noexcept
     cdef uint64_t total(self) noexcept nogil
     cdef void copy_to(self, char* target) noexcept nogil

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
 
 from fastref.errors import ProtocolError
 
@@ -10,6 +10,10 @@ __all__ = ["Decoder", "Encoder"]
 
 cdef enum:
     ALIGNMENT = 64
+    MOST_SPANS = 8192       # tensors in one value; with more, pickle's dictionary is the better memory
+
+cdef extern from "fr_gather.h" nogil:
+    char* fr_gather_copy(const fr_gather*, uint32_t, char*, const char*)
 
 
 cdef class Encoder:
@@ -22,11 +26,12 @@ cdef class Encoder:
     def __dealloc__(self):
         free(self.data)
         free(self.segments)
+        free(self.spans)
 
     cdef void reset(self) noexcept:
         """Empty the buffer, keeping its memory unless it has grown large."""
-        self.size = self.segment_bytes = self.largest_segment = 0
-        self.segment_count = self.seen_count = self.containers = 0
+        self.size = self.segment_bytes = self.largest_in_place = 0
+        self.segment_count = self.seen_count = self.containers = self.span_count = 0
         if self.references:
             self.references = []
         if self.kept:
@@ -58,8 +63,13 @@ cdef class Encoder:
         memcpy(at + 1, &number, 4)
         return 0
 
-    cdef int segment(self, const char* start, uint64_t size, object keep) except -1:
-        """Append bytes that stay where they are until ``copy_to``; they begin at a multiple of 64."""
+    cdef int segment(self, const char* start, uint64_t size, const fr_gather* plan, bint in_place,
+                     object keep) except -1:
+        """Append bytes that stay where they are until ``copy_to``; they begin at a multiple of 64.
+
+        ``plan``: the bytes are the elements of a strided tensor. ``in_place``: the receiver can use them where they lie.
+        ``keep``: what keeps them and the plan.
+        """
         cdef Segment* segments
         cdef uint64_t padding = (ALIGNMENT - self.total() % ALIGNMENT) % ALIGNMENT
         cdef char* zeros = self.grow(padding) if padding else NULL
@@ -70,10 +80,11 @@ cdef class Encoder:
             if segments == NULL:
                 raise MemoryError()
             self.segments, self.segment_room = segments, self.segment_room * 2 + 8
-        self.segments[self.segment_count] = Segment(self.size, start, size)
+        self.segments[self.segment_count] = Segment(self.size, start, size, plan)
         self.segment_count += 1
         self.segment_bytes += size
-        self.largest_segment = max(self.largest_segment, size)
+        if in_place:
+            self.largest_in_place = max(self.largest_in_place, size)
         self.kept.append(keep)
         return 0
 
@@ -90,10 +101,37 @@ cdef class Encoder:
             memcpy(target, self.data + done, segment.position - done)
             target += segment.position - done
             done = segment.position
-            memcpy(target, segment.start, segment.size)
+            if segment.plan == NULL:
+                memcpy(target, segment.start, segment.size)
+            else:
+                fr_gather_copy(segment.plan, 0, target, segment.start)
             target += segment.size
         if self.size > done:
             memcpy(target, self.data + done, self.size - done)
+
+    cdef bint is_apart(self, const char* start, uint64_t size) except -1:
+        """Remember the memory of a tensor; False when it shares some with another, or there are too many to remember."""
+        cdef unsigned low = 0, high = self.span_count, middle
+        cdef Span* spans
+        while low < high:
+            middle = (low + high) // 2
+            if self.spans[middle].end <= start:
+                low = middle + 1
+            else:
+                high = middle
+        if low < self.span_count and self.spans[low].start < start + size:
+            return False
+        if self.span_count == MOST_SPANS:
+            return False
+        if self.span_count == self.span_room:
+            spans = <Span*>realloc(self.spans, (self.span_room * 2 + 16) * sizeof(Span))
+            if spans == NULL:
+                raise MemoryError()
+            self.spans, self.span_room = spans, self.span_room * 2 + 16
+        memmove(&self.spans[low + 1], &self.spans[low], (self.span_count - low) * sizeof(Span))
+        self.spans[low] = Span(start, start + size)
+        self.span_count += 1
+        return True
 
     cdef bint first_meeting(self, object value) noexcept:
         """Remember a mutable object; False when it was met before, or when there are too many to remember."""

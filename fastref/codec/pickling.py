@@ -17,11 +17,11 @@ import torch
 
 from fastref.codec import mainmodule
 from fastref.codec.script import reduce_script_function, reduce_script_module
+from fastref.codec.tensors import StorageView
 from fastref.rref import RRef
 
 __all__ = ["dumps", "loads", "register_reducer"]
 
-KEEPS_GAPS_UNTIL = 16384  # bytes; of a larger view with gaps the elements alone travel
 _reducers: dict[type, Callable[[Any], Any]] = {
     torch.jit.ScriptFunction: reduce_script_function,
     torch.jit._script.RecursiveScriptModule: reduce_script_module,
@@ -78,7 +78,7 @@ def _dump(kind: type, value: Any, references: list, shares_main: bool) -> tuple[
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)
-    pickler.references, pickler.shares_main = references, shares_main
+    pickler.references, pickler.shares_main, pickler.storages = references, shares_main, {}
     pickler.dump(value)
     return file.getvalue(), [buffer.raw() for buffer in buffers]
 
@@ -88,6 +88,7 @@ class _Reducing:
 
     references: list
     shares_main: bool
+    storages: dict[int, _Storage]
 
     def reduced(self, value: Any) -> Any:
         kind = type(value)
@@ -96,8 +97,22 @@ class _Reducing:
             return _reference, (len(self.references) - 1,)
         if kind in _reducers:
             return _reducers[kind](value)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
-            return _reduce_tensor(value)
+        if kind is torch.Tensor:
+            return self._reduce_tensor(value)
+        if kind is torch.nn.Parameter:
+            state = torch._utils._get_obj_state(value)
+            return _rebuild_parameter, (value.detach(), value.requires_grad, state or None)
+        if kind is torch.UntypedStorage and value.device.type == "cpu":
+            return _untyped, (self._shared(value),)
+        if kind is torch.TypedStorage and value._untyped_storage.device.type == "cpu":
+            return _rebuild_typed, (self._shared(value._untyped_storage), value.dtype)
+        if (
+            kind.__module__ == "numpy"
+            and kind.__name__ == "ndarray"
+            and not value.flags.forc
+            and not value.dtype.hasobject
+        ):
+            return value.copy().__reduce_ex__(5)  # without gaps it stays outside the pickle
         if (kind is FunctionType or isinstance(value, type)) and mainmodule.owns(value):
             if self.shares_main and mainmodule.is_shared(value):
                 return mainmodule.find, (value.__qualname__,)
@@ -105,7 +120,36 @@ class _Reducing:
                 raise pickle.PicklingError(f"{value!r} goes by value: the receiver has another __main__")
         if isinstance(value, torch._C.Future):
             raise RuntimeError("Can not pickle torch.futures.Future")
+        if kind is memoryview:  # cloudpickle would make bytes of it
+            raise TypeError("cannot pickle 'memoryview' object")
         return NotImplemented
+
+    def _shared(self, storage: torch.UntypedStorage) -> _Storage:
+        return self.storages.setdefault(storage._cdata, _Storage(storage))
+
+    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+        if not tensor.is_cpu or tensor.is_quantized or tensor.is_nested:
+            return NotImplemented  # torch's own way
+        if tensor.layout is not torch.strided:
+            return _reduce_sparse(tensor)
+        lazy = tensor.is_conj(), tensor.is_neg()
+        bare = tensor.detach()
+        if lazy != (False, False):  # the elements as they lie there
+            bare = torch._neg_view(bare) if lazy[1] else bare
+            bare = bare.conj() if lazy[0] else bare
+        storage = bare.untyped_storage()
+        if _is_sparse_view(bare, storage):
+            bare = bare.clone()
+            storage = bare.untyped_storage()
+        return _rebuild_tensor, (
+            self._shared(storage),
+            bare.dtype,
+            bare.storage_offset(),
+            tuple(bare.shape),
+            bare.stride(),
+            lazy,
+            tensor.requires_grad,
+        )
 
 
 class _Pickler(_Reducing, pickle.Pickler):
@@ -135,69 +179,90 @@ def _reference(number: int) -> RRef:
     raise pickle.UnpicklingError(f"reference {number} outside a call")
 
 
-def _reduce_tensor(tensor: torch.Tensor) -> Any:
-    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_cpu:
-        return NotImplemented  # torch's own way
-    whole, order = _in_memory_order(tensor.detach().resolve_conj().resolve_neg())
-    flat = whole.reshape(-1)
-    if flat.numel() == 1 and flat.stride(0) != 1:  # contiguous, torch says, whatever the stride of a single element is
-        flat = torch.empty(1, dtype=flat.dtype).copy_(flat)
-    memory: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    kind = torch.nn.Parameter if type(tensor) is torch.nn.Parameter else None
-    strides = _gaps(tensor) if order is None else None
-    shape = tuple(whole.shape)
-    return _rebuild_tensor, (
-        pickle.PickleBuffer(memory),
-        whole.dtype,
-        shape,
-        tensor.requires_grad,
-        kind,
-        order,
-        strides,
-    )
+class _Storage:
+    """Memory that tensors of one message lie in. It is pickled once, however many they are."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
+
+    def __reduce__(self) -> Any:
+        if not self._storage.nbytes():
+            return torch.UntypedStorage, (0,)
+        return _rebuild_storage, (pickle.PickleBuffer(StorageView(self._storage)),)
 
 
-def _gaps(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return the strides of a small tensor with gaps between its elements; programs for torch look at them."""
-    if tensor.is_contiguous() or not tensor.numel():
-        return None
-    reach = 1  # elements from the first to the last of the dimensions so far
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return None  # elements overlap
-            reach += stride * (size - 1)
-    return tensor.stride() if reach * tensor.element_size() <= KEEPS_GAPS_UNTIL else None
+def _rebuild_storage(memory: Any) -> torch.UntypedStorage:
+    return torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
 
 
-def _in_memory_order(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-    """Return a contiguous view of a tensor without gaps and the order of its dimensions there, or a contiguous copy."""
-    if not tensor.is_contiguous() and tensor.numel():
-        strides = tensor.stride()
-        order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
-        turned = tensor.permute(order)
-        if turned.is_contiguous():
-            return turned, tuple(order)
-    return tensor.contiguous(), None
+def _untyped(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    return storage
+
+
+def _rebuild_typed(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+
+def _is_sparse_view(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Tell whether a tensor is so little of its memory that its elements had better travel alone.
+
+    Source: ``cloneSparseTensors`` of torch's RPC, its figures included, which decide what tensors share afterwards.
+    """
+    used = tensor.numel() * tensor.element_size()
+    return storage.nbytes() >= 8192 and storage.nbytes() >= 2 * used
 
 
 def _rebuild_tensor(
-    memory: Any,
+    storage: torch.UntypedStorage,
     dtype: torch.dtype,
+    offset: int,
     shape: tuple,
+    strides: tuple,
+    lazy: tuple[bool, bool],
     requires_grad: bool,
-    kind: type[torch.nn.Parameter] | None,
-    order: tuple[int, ...] | None,
-    strides: tuple[int, ...] | None,
 ) -> torch.Tensor:
-    if len(memory):
-        tensor = torch.frombuffer(memory, dtype=dtype).reshape(shape)
+    tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, strides)
+    if lazy != (False, False):
+        is_conj, is_neg = lazy
+        tensor = tensor.conj() if is_conj else tensor
+        tensor = torch._neg_view(tensor) if is_neg else tensor
+    return tensor.requires_grad_(requires_grad)
+
+
+def _rebuild_parameter(data: torch.Tensor, requires_grad: bool, state: Any) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(data, requires_grad)
+    return torch._utils._set_obj_state(parameter, state) if state else parameter
+
+
+def _reduce_sparse(tensor: torch.Tensor) -> Any:
+    """Take a sparse tensor apart. Torch's own way keeps all that it ever rebuilt, for ``torch.load`` to look at."""
+    bare = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        parts = bare._indices(), bare._values(), tuple(bare.shape), bare.is_coalesced()
+        return _rebuild_coo, (*parts, tensor.requires_grad)
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        places = bare.crow_indices(), bare.col_indices()
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        places = bare.ccol_indices(), bare.row_indices()
     else:
-        tensor = torch.empty(shape, dtype=dtype)
-    if order is not None:
-        tensor = tensor.permute([order.index(dim) for dim in range(len(order))])
-    if strides is not None:
-        tensor = torch.empty_strided(shape, strides, dtype=dtype).copy_(tensor)
-    if kind is not None:
-        return kind(tensor, requires_grad)
+        return NotImplemented
+    return _rebuild_compressed, (*places, bare.values(), tuple(bare.shape), bare.layout, tensor.requires_grad)
+
+
+def _rebuild_coo(
+    indices: torch.Tensor, values: torch.Tensor, shape: tuple, is_coalesced: bool, requires_grad: bool
+) -> torch.Tensor:
+    tensor = torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=False)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _rebuild_compressed(
+    compressed: torch.Tensor,
+    plain: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple,
+    layout: torch.layout,
+    requires_grad: bool,
+) -> torch.Tensor:
+    tensor = torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=False)
     return tensor.requires_grad_(requires_grad)

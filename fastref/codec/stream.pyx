@@ -1,11 +1,13 @@
 """The fast encoding of plain values.
 
-One byte says what comes: None, True, False, an int of 64 bits, a float, str, bytes, tuple, list, dict, a reference (by
-its number in the frame) or a plain CPU tensor. Large bytes and tensors are copied once, to where the payload goes.
-Whatever else is in a value, or a mutable object that is met twice, makes the encoder say no; then the whole value goes
-through pickle, so that identity and cycles survive.
+One byte says what comes: None, True, False, an int of 64 bits, a float, str, bytes, bytearray, tuple, list, dict, a
+reference (by its number in the frame) or a plain CPU tensor. Whatever else is in a value, a mutable object that is met
+twice or two tensors that share memory make the encoder say no; then the whole value goes through pickle, so that
+identity, cycles and sharing survive.
 """
 
+from cpython.bytearray cimport (PyByteArray_AS_STRING, PyByteArray_CheckExact, PyByteArray_FromStringAndSize,
+                                PyByteArray_GET_SIZE)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_CheckExact, PyDict_Next, PyDict_Size
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact, PyFloat_FromDouble
@@ -32,8 +34,7 @@ cdef extern from "Python.h":
 cdef enum:
     DEEPEST = 64            # nesting that the recursive functions follow; deeper values are pickled
     MOST_CONTAINERS = 4096  # a tuple is written at each meeting; pickle writes it once, whatever the number
-    LONG_TEXT = 4096        # longer strings are worth remembering
-    SEGMENT_FROM = 65536    # bytes objects of this size are not copied into the stream
+    LONG_TEXT = 4096        # longer strings are worth remembering, and bytes worth copying only once
 
 
 cdef int encode_value(Encoder encoder, object value, int depth) except -1:
@@ -77,10 +78,25 @@ cdef int encode_value(Encoder encoder, object value, int depth) except -1:
         size = PyBytes_GET_SIZE(value)
         if size > LONG_TEXT and not encoder.first_meeting(value):
             return False
-        if size >= SEGMENT_FROM:
-            return write_long_bytes(encoder, value)
-        encoder.tag32(c'b', size)
-        encoder.raw(PyBytes_AS_STRING(value), size)
+        if size > LONG_TEXT:
+            at = encoder.grow(9)
+            at[0] = c'B'
+            memcpy(at + 1, &size, 8)
+            encoder.segment(PyBytes_AS_STRING(value), size, NULL, False, value)
+        else:
+            encoder.tag32(c'b', size)
+            encoder.raw(PyBytes_AS_STRING(value), size)
+    elif PyByteArray_CheckExact(value):
+        size = PyByteArray_GET_SIZE(value)
+        if size > 1 << 30 or not encoder.first_meeting(value):
+            return False
+        if size > LONG_TEXT:
+            encoder.tag32(c'A', size)
+            # The view keeps it from being resized meanwhile.
+            encoder.segment(PyByteArray_AS_STRING(value), size, NULL, False, memoryview(value))
+        else:
+            encoder.tag32(c'a', size)
+            encoder.raw(PyByteArray_AS_STRING(value), size)
     elif depth >= DEEPEST or encoder.containers >= MOST_CONTAINERS:
         return False
     elif PyTuple_CheckExact(value):
@@ -118,20 +134,9 @@ cdef int encode_value(Encoder encoder, object value, int depth) except -1:
         encoder.tag32(c'R', len(encoder.references))
         encoder.references.append(value)
     elif is_plain_tensor(value):
-        return encoder.first_meeting(value) and write_tensor(encoder, value)
+        return write_tensor(encoder, value)
     else:
         return False
-    return True
-
-
-cdef int write_long_bytes(Encoder encoder, bytes value) except -1:
-    """Append bytes that are copied only once, to where the payload goes."""
-    cdef uint64_t size = PyBytes_GET_SIZE(value), largest = encoder.largest_segment
-    cdef char* at = encoder.grow(9)
-    at[0] = c'B'
-    memcpy(at + 1, &size, 8)
-    encoder.segment(PyBytes_AS_STRING(value), size, value)
-    encoder.largest_segment = largest  # the receiver has to copy them: they are not worth a lease
     return True
 
 
@@ -168,6 +173,10 @@ cdef object decode_value(Decoder decoder, int depth):
             raise ProtocolError("a payload with text that is not UTF-8") from error
     if tag == c'b':
         return PyBytes_FromStringAndSize(decoder.take(size), size)
+    if tag == c'a':
+        return PyByteArray_FromStringAndSize(decoder.take(size), size)
+    if tag == c'A':
+        return PyByteArray_FromStringAndSize(decoder.aligned(size), size)
     if tag == c'R':
         if size >= len(decoder.references):
             raise ProtocolError(f"a payload names reference {size} of {len(decoder.references)}")

@@ -16,6 +16,7 @@ from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
                                  RREF_FETCH_CALL, fr_block, fr_frame)
 
+from fastref.carriers.warm import WarmBuffer
 from fastref.codec.pickling import dumps, loads
 from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
@@ -42,6 +43,7 @@ cdef extern from "Python.h":
 
 cdef enum:
     INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
+    COPIED_WARM_FROM = 65536  # smaller ones the allocator keeps warm by itself
     HEAD_ROOM = 1024        # header and references that fit on the stack
     FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
 
@@ -320,7 +322,7 @@ cdef class Post(Wiring):
                 return False
             raise ResourceError(f"worker {peer.info.name!r} has not read what it was sent about shared memory, and "
                                 f"{size} bytes need some")
-        if body.largest_segment >= LEASE_FROM:
+        if body.largest_in_place >= LEASE_FROM:
             peer.release(self.arena)
             if self.table.needs_sweep():  # the blocks that leases gave back are the warm ones
                 self.sweep()
@@ -331,7 +333,7 @@ cdef class Post(Wiring):
                 return False
             raise
         block.offset, block.size, block.index, block.generation = offset, size, NO_ENTRY, 0
-        if body.largest_segment >= LEASE_FROM and self.arena.blocks.lent <= self.arena.blocks.limit * (FR_ARENA_PAGE // 2) \
+        if body.largest_in_place >= LEASE_FROM and self.arena.blocks.lent <= self.arena.blocks.limit * (FR_ARENA_PAGE // 2) \
                 and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
             try:
                 block.index, block.generation = self.open_entry()
@@ -520,7 +522,7 @@ cdef class Post(Wiring):
         for buffer in buffers:
             if buffer.nbytes:
                 bytes_of = buffer
-                body.segment(<const char*>&bytes_of[0], buffer.nbytes, buffer)
+                body.segment(<const char*>&bytes_of[0], buffer.nbytes, NULL, True, buffer)
         return 0
 
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease):
@@ -548,7 +550,7 @@ cdef class Post(Wiring):
             if lease is not None and length >= LEASE_FROM:
                 buffers.append(whole[at - lease.start:at - lease.start + length])
             else:
-                buffers.append(memoryview(PyByteArray_FromStringAndSize(at, length)))
+                buffers.append(_copied(at, length))
         return loads(data, buffers, references)
 
     cdef object raise_timeout(self, Peer peer, what, double timeout_s):
@@ -567,6 +569,18 @@ cdef int64_t _deadline(double timeout_s) noexcept:
 
 cdef bint _may_wait(unsigned kind) noexcept:
     return kind == PYTHON_CALL or kind == PYTHON_REMOTE_CALL or kind == RREF_FETCH_CALL
+
+
+cdef object _copied(const char* start, uint64_t size):
+    """A writable copy of a buffer; of a large one in memory that is warm."""
+    cdef unsigned char[::1] room
+    if size < COPIED_WARM_FROM:
+        return memoryview(PyByteArray_FromStringAndSize(start, size))
+    copy = memoryview(WarmBuffer(size))
+    room = copy
+    with nogil:
+        memcpy(&room[0], start, size)
+    return copy
 
 
 cdef object _number(Decoder decoder):
