@@ -8,6 +8,7 @@ import logging
 from fastref import debug
 from fastref._version import __version__
 from fastref.api import Session, get_worker_info, init_rpc, is_available, remote, rpc_async, rpc_sync, shutdown
+from fastref.codec.sharing import share, shared_empty
 from fastref.errors import (
     CallTimeout,
     FastrefError,
@@ -57,6 +58,8 @@ __all__ = [
     "remote",
     "rpc_async",
     "rpc_sync",
+    "share",
+    "shared_empty",
     "shutdown",
     "spawn",
 ]

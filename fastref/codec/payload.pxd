@@ -32,6 +32,7 @@ cdef class Encoder:
     cdef uint64_t segment_bytes
     cdef uint64_t largest_in_place  # of the segments that the receiver can use where they lie
     cdef list references            # RRefs met, in the order of their numbers
+    cdef list blocks                # blocks for sharing, which the receiver has to be handed
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
     cdef unsigned seen_count, containers

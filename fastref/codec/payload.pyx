@@ -20,7 +20,7 @@ cdef class Encoder:
     """A growing buffer; large tensors are remembered as segments and copied only once, to where they go."""
 
     def __cinit__(self):
-        self.references = []
+        self.references, self.blocks = [], []
         self.kept = []
 
     def __dealloc__(self):
@@ -34,6 +34,8 @@ cdef class Encoder:
         self.segment_count = self.seen_count = self.containers = self.span_count = 0
         if self.references:
             self.references = []
+        if self.blocks:
+            self.blocks = []
         if self.kept:
             self.kept = []
         if self.room > 1 << 20:

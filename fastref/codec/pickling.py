@@ -17,8 +17,10 @@ import torch
 
 from fastref.codec import mainmodule
 from fastref.codec.script import reduce_script_function, reduce_script_module
+from fastref.codec.sharing import shared_block_of, storage_of
 from fastref.codec.tensors import StorageView
 from fastref.rref import RRef
+from fastref.segments.shared import SharedBlock
 
 __all__ = ["dumps", "loads", "register_reducer"]
 
@@ -33,7 +35,9 @@ def register_reducer(kind: type, reducer: Callable[[Any], Any]) -> None:
     _reducers.setdefault(kind, reducer)
 
 
-def dumps(value: Any, references: list, shares_main: bool = False) -> tuple[bytes, list[memoryview]]:
+def dumps(
+    value: Any, references: list, shares_main: bool = False, blocks: list | None = None
+) -> tuple[bytes, list[memoryview]]:
     """Pickle a value.
 
     Parameters
@@ -43,6 +47,9 @@ def dumps(value: Any, references: list, shares_main: bool = False) -> tuple[byte
         RRefs met are appended; they are not pickled.
     shares_main : bool
         The receiver runs the same ``__main__`` file, so its functions and classes go by name.
+    blocks : list, optional
+        Blocks for sharing that tensors lie in are appended, and the receiver has to be handed them; without it such
+        tensors are copied as others are.
 
     Returns
     -------
@@ -54,31 +61,48 @@ def dumps(value: Any, references: list, shares_main: bool = False) -> tuple[byte
     ------
     Whatever ``pickle`` raises for a value that neither it nor cloudpickle can take.
     """
-    already = len(references)
+    already = len(references), len(blocks or ())
     try:
-        return _dump(_Pickler, value, references, shares_main)
+        return _dump(_Pickler, value, references, shares_main, blocks)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        del references[already:]
+        _forget(references, blocks, already)
         try:
-            return _dump(_CloudPickler, value, references, shares_main)
+            return _dump(_CloudPickler, value, references, shares_main, blocks)
         except Exception:
-            del references[already:]
+            _forget(references, blocks, already)
             raise error from None  # what plain pickle says is what users of torch know
     except BaseException:
-        del references[already:]
+        _forget(references, blocks, already)
         raise
 
 
-def loads(data: bytes | memoryview, buffers: list, references: list) -> Any:
-    """Unpickle what ``dumps`` made; ``buffers`` are writable copies of its buffers, ``references`` the frame's."""
-    return _Unpickler(io.BytesIO(data), buffers, references).load()
+def loads(
+    data: bytes | memoryview,
+    buffers: list,
+    references: list,
+    claim: Callable[[int], SharedBlock] | None = None,
+) -> Any:
+    """Unpickle what ``dumps`` made; ``buffers`` are writable copies of its buffers, ``references`` the frame's.
+
+    ``claim`` returns the block for sharing that has a number.
+    """
+    return _Unpickler(io.BytesIO(data), buffers, references, claim).load()
 
 
-def _dump(kind: type, value: Any, references: list, shares_main: bool) -> tuple[bytes, list[memoryview]]:
+def _forget(references: list, blocks: list | None, already: tuple[int, int]) -> None:
+    del references[already[0] :]
+    if blocks is not None:
+        del blocks[already[1] :]
+
+
+def _dump(
+    kind: type, value: Any, references: list, shares_main: bool, blocks: list | None
+) -> tuple[bytes, list[memoryview]]:
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)
     pickler.references, pickler.shares_main, pickler.storages = references, shares_main, {}
+    pickler.blocks = blocks
     pickler.dump(value)
     return file.getvalue(), [buffer.raw() for buffer in buffers]
 
@@ -88,7 +112,8 @@ class _Reducing:
 
     references: list
     shares_main: bool
-    storages: dict[int, _Storage]
+    storages: dict[int, _Storage | _SharedStorage]
+    blocks: list | None
 
     def reduced(self, value: Any) -> Any:
         kind = type(value)
@@ -124,8 +149,21 @@ class _Reducing:
             raise TypeError("cannot pickle 'memoryview' object")
         return NotImplemented
 
-    def _shared(self, storage: torch.UntypedStorage) -> _Storage:
-        return self.storages.setdefault(storage._cdata, _Storage(storage))
+    def _shared(self, storage: torch.UntypedStorage) -> _Storage | _SharedStorage:
+        known = self.storages.get(storage._cdata)
+        if known is None:
+            block = self._block_of(storage)
+            if block is None:
+                known = _Storage(storage)
+            else:
+                assert self.blocks is not None
+                self.blocks.append(block)
+                known = _SharedStorage(block)
+            self.storages[storage._cdata] = known
+        return known
+
+    def _block_of(self, storage: torch.UntypedStorage) -> SharedBlock | None:
+        return None if self.blocks is None else shared_block_of(storage)
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
         if not tensor.is_cpu or tensor.is_quantized or tensor.is_nested:
@@ -138,7 +176,7 @@ class _Reducing:
             bare = torch._neg_view(bare) if lazy[1] else bare
             bare = bare.conj() if lazy[0] else bare
         storage = bare.untyped_storage()
-        if _is_sparse_view(bare, storage):
+        if _is_sparse_view(bare, storage) and self._block_of(storage) is None:
             bare = bare.clone()
             storage = bare.untyped_storage()
         return _rebuild_tensor, (
@@ -164,19 +202,47 @@ class _CloudPickler(_Reducing, cloudpickle.Pickler):  # type: ignore[misc]  # cl
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, buffers: list, references: list) -> None:
+    def __init__(
+        self,
+        file: io.BytesIO,
+        buffers: list,
+        references: list,
+        claim: Callable[[int], SharedBlock] | None,
+    ) -> None:
         super().__init__(file, buffers=buffers)
-        self.references = references
+        self.references, self.claim = references, claim
 
     def find_class(self, module: str, name: str) -> Any:
-        if name == "_reference" and module == __name__:
-            return self.references.__getitem__
+        if module == __name__:
+            if name == "_reference":
+                return self.references.__getitem__
+            if name == "_shared_storage" and self.claim is not None:
+                return self._shared_storage
         return super().find_class(module, name)
+
+    def _shared_storage(self, number: int) -> torch.UntypedStorage:
+        assert self.claim is not None
+        return storage_of(self.claim(number))
 
 
 def _reference(number: int) -> RRef:
     """Stand in the pickle for a reference of the frame; the unpickler puts its own list in this place."""
     raise pickle.UnpicklingError(f"reference {number} outside a call")
+
+
+def _shared_storage(number: int) -> torch.UntypedStorage:
+    """Stand in the pickle for a block for sharing, as ``_reference`` for a reference."""
+    raise pickle.UnpicklingError(f"shared memory {number:#x} outside a call")
+
+
+class _SharedStorage:
+    """Memory that sender and receiver both write."""
+
+    def __init__(self, block: SharedBlock) -> None:
+        self._number = block.number
+
+    def __reduce__(self) -> Any:
+        return _shared_storage, (self._number,)
 
 
 class _Storage:

@@ -21,6 +21,7 @@ import torch
 from fastref.carriers.borrow cimport LEASE_FROM, drop_lease, fr_lease
 from fastref.carriers.warm cimport give_memory, take_memory
 from fastref.codec.payload cimport Decoder, Encoder, fr_gather
+from fastref.codec.sharing import shared_blocks_by_address
 from fastref.errors import ProtocolError
 
 __all__ = ["StorageView"]
@@ -113,6 +114,7 @@ cdef object Tensor = torch.Tensor
 cdef object Parameter = torch.nn.Parameter
 cdef PyObject* tensor_type = <PyObject*>Tensor
 cdef PyObject* parameter_type = <PyObject*>Parameter
+cdef object shared_memory = shared_blocks_by_address.data  # the dict itself, to be asked at once whether it is empty
 cdef tuple whole_bytes = (torch.uint8, torch.int8)  # DLPack takes those of 1 to 7 bits for these
 
 
@@ -148,6 +150,8 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
     cdef char* at
     cdef int i
     if tensor.layout is not strided or not tensor.is_cpu or tensor.is_neg() or tensor.is_conj():
+        return False
+    if shared_memory and tensor.untyped_storage().data_ptr() in shared_memory:
         return False
     header.flags = WANTS_GRADIENT if tensor.requires_grad else 0
     if <PyObject*>Py_TYPE(tensor) == parameter_type:

@@ -319,7 +319,7 @@ cdef class Executor(ReferenceCaller):
         cdef fr_block block
         if fr_load32_acquire(&job.peer.died):
             return 0
-        if job.head.slot != NO_SLOT and not body.references:
+        if job.head.slot != NO_SLOT and not body.references and not body.blocks:
             if size > FR_SLOT_ROOM:
                 try:
                     if self.lend(job.peer, body, size, &block):

@@ -161,7 +161,7 @@ class OwnFiles:
         case = self._case
         if case is not None:
             case[2].discard(rank)
-        self._count_unannounced()
+        self.count_unannounced()
 
     def knows_all(self, rank: int) -> bool:
         """Whether a peer has been sent all that there is to know; tries to."""
@@ -174,11 +174,12 @@ class OwnFiles:
     def _post(self, link: Link, kind: str, offset: int, descriptors: dict[str, tuple[int, int]] | None = None) -> None:
         try:
             if not link.post_message(kind, {"offset": offset}, descriptors):
-                self._count_unannounced()
+                self.count_unannounced()
         except PeerError:
             pass  # its end will be noticed by who watches it
 
-    def _count_unannounced(self) -> None:
+    def count_unannounced(self) -> None:
+        """Note how many peers have to be told more when they have read what they were told before."""
         if self._arena is not None:
             self._arena.unannounced = sum(link.is_behind for link in list(self._links.values()))
 
@@ -193,7 +194,7 @@ class OwnFiles:
                     link.flush_posts()
                 except PeerError:
                     pass  # as above
-            self._count_unannounced()
+            self.count_unannounced()
         if self._case is not None and not self._case[2]:
             self._finish(self._case)
         # Under the lock, so that a newcomer is told of a file and asked for it, or neither; never waiting for it, since

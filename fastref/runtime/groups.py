@@ -157,7 +157,7 @@ class GroupKeeper(Holdings):
                 self._links[record.rank] = link
             try:
                 link.send_welcome(self.record, self._memory.for_peer(ring_fd))
-                self._memory.files.introduce(record.rank, link)
+                self.introduce_memory(record.rank, link)
             except PeerError as error:
                 logger.debug("a newcomer has gone already: %s", error)  # the monitor will see that
         finally:
@@ -185,6 +185,9 @@ class GroupKeeper(Holdings):
             self._user_forks.owner_replaced(rank)
 
     def peer_over(self, link: Link) -> Peer:
+        raise NotImplementedError
+
+    def introduce_memory(self, rank: int, link: Link) -> None:
         raise NotImplementedError
 
     def _greeting(self, peer: Peer, call: int, value: Any) -> None:

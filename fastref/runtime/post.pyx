@@ -20,6 +20,7 @@ from fastref.carriers.warm import WarmBuffer
 from fastref.codec.pickling import dumps, loads
 from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
+from fastref.segments.shared import shared_blocks
 
 __all__ = ["Post"]
 
@@ -169,6 +170,7 @@ cdef class Post(Wiring):
         cdef int64_t lent = -1
         cdef uint32_t in_block = 0
         cdef list pinned = None
+        cdef bint handed = False
         if fr_load32_acquire(&peer.died):
             raise peer.died_error()
         try:
@@ -178,6 +180,9 @@ cdef class Post(Wiring):
                 self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, forks, pinned)
                 FR_FAILPOINT("fork.reserved")
                 head.references, head.forks_size = len(body.references), forks.size
+            if body is not None and body.blocks:
+                handed = True
+                self.hand_blocks(peer, body.blocks)
             if head.forks_size > INLINE_LIMIT:  # hundreds of references: they go into the block too
                 in_block = (forks.size + 63) // 64 * 64  # buffers in the payload begin at a multiple of 64
                 memset(forks.grow(in_block - forks.size), 0, in_block - head.forks_size)
@@ -224,6 +229,8 @@ cdef class Post(Wiring):
                 if not fr_this_thread.leading:
                     self.wake_leader()  # it may sleep already, and it alone sends what was kept
         except BaseException:
+            if handed:
+                self.take_blocks_back(peer, body.blocks)
             if pinned is not None:
                 self._unpin(peer, pinned)
             if lent >= 0:
@@ -365,6 +372,16 @@ cdef class Post(Wiring):
     def withdraw_copies(self) -> None:
         """Let go of copies of values that only spare their readers a question."""
         raise NotImplementedError
+
+    def hand_blocks(self, peer, blocks: list) -> None:
+        """Send blocks for sharing ahead of the message that names them. Within one process there is nothing to send."""
+
+    def take_blocks_back(self, peer, blocks: list) -> None:
+        """The message that names them cannot be sent."""
+
+    def claim_block(self, number: int):
+        """The block for sharing that a message names."""
+        return shared_blocks[number]
 
     def knows_arena(self, peer) -> bool:
         """Whether a peer has been told of all files of this worker's arena."""
@@ -510,7 +527,7 @@ cdef class Post(Wiring):
         """Append a pickle: number of buffers, size of the pickle, sizes of the buffers, the pickle, the buffers."""
         cdef uint64_t number
         cdef const unsigned char[::1] bytes_of
-        data, buffers = dumps(value, body.references, shares_main)
+        data, buffers = dumps(value, body.references, shares_main, body.blocks)
         number = len(buffers)
         body.raw(&number, 8)
         number = len(data)
@@ -551,7 +568,7 @@ cdef class Post(Wiring):
                 buffers.append(whole[at - lease.start:at - lease.start + length])
             else:
                 buffers.append(_copied(at, length))
-        return loads(data, buffers, references)
+        return loads(data, buffers, references, self.claim_block)
 
     cdef object raise_timeout(self, Peer peer, what, double timeout_s):
         shown = self.default_timeout_s if timeout_s == UNSET_RPC_TIMEOUT else timeout_s

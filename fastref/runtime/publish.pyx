@@ -141,8 +141,8 @@ cdef class Publisher(Post):
         body = self.encoder()
         try:
             flags = self.encode_any(body, value, False)
-            if body.references:
-                raise UsageError(f"{rref!r} cannot be published: there are references in its value")
+            if body.references or body.blocks:
+                raise UsageError(f"{rref!r} cannot be published: there are references in its value, or shared memory")
             self._show(owned, rref.fork.index, body, flags, True)
         finally:
             self.encoder_done(body)

@@ -51,11 +51,13 @@ from fastref.rendezvous import (
     tell_members,
 )
 from fastref.rendezvous.fields import read_text
+from fastref.runtime.blocks import BlockExchange
 from fastref.runtime.groups import GroupKeeper
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
 from fastref.runtime.monitor import PERIOD_S, Monitor
 from fastref.runtime.peer import Peer
 from fastref.segments import InstanceLock, host_identity, job_directory, run_root, sweep
+from fastref.segments.shared import SharedBlock
 from fastref.wire.kinds import Kind
 
 __all__ = ["Runtime"]
@@ -112,6 +114,7 @@ class Runtime(GroupKeeper):
         self._membership: Membership | None = None
         self._listener: Listener | None = None
         self._memory: OwnMemory | None = None
+        self.blocks = BlockExchange()
         self._is_open = False  # the group that it wants to join, or has joined
         self._checks = False  # on the way out: this worker wants to look at what others hold
         self._failure: str | None = None  # why another worker gave up while this one waited for it to serve
@@ -295,7 +298,7 @@ class Runtime(GroupKeeper):
             due=lambda: self.next_expiry_ns / 1e9,
         )
         for rank, link in self._links.items():
-            memory.files.introduce(rank, link)
+            self.introduce_memory(rank, link)
             self._monitor.watch(rank, link)
         if self.options.switch_interval is not None:
             sys.setswitchinterval(self.options.switch_interval)
@@ -345,9 +348,29 @@ class Runtime(GroupKeeper):
         assert self._memory is not None
         return self._memory.files.knows_all(peer.rank)
 
+    def introduce_memory(self, rank: int, link: Link) -> None:
+        """Tell a peer, from here on, of shared memory as it comes and goes."""
+        assert self._memory is not None
+        self._memory.files.introduce(rank, link)
+        self.blocks.introduce(rank, link)
+
+    def hand_blocks(self, peer: Peer, blocks: list[SharedBlock]) -> None:
+        assert self._memory is not None
+        for block in blocks:
+            if not self.blocks.hand(None if peer.rank == self.rank else peer.rank, block):
+                self._memory.files.count_unannounced()  # the clock goes on sending
+
+    def take_blocks_back(self, peer: Peer, blocks: list[SharedBlock]) -> None:
+        for block in blocks:
+            self.blocks.take_back(None if peer.rank == self.rank else peer.rank, block)
+
+    def claim_block(self, number: int) -> SharedBlock:
+        return self.blocks.claim(number)
+
     def on_death(self, rank: int, reason: str) -> None:
         assert self._memory is not None
         self._memory.files.forget(rank)
+        self.blocks.forget(rank)
         super().on_death(rank, reason)
 
     def on_tick(self, now_s: float) -> None:
@@ -531,6 +554,7 @@ class Runtime(GroupKeeper):
             self._listener.close()
         if self._memory is not None:
             self._memory.close()
+        self.blocks.close()
         self._lock.release()
         # What this runtime mapped should go with its last handle, not when the garbage collector comes round.
         self._monitor = None
