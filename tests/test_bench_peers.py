@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_a_ledger_counts_destructors_and_knows_when_the_last_one_ran():
         stamps.append(ledger.wait(3 - len(things)))
     assert ledger.count == 3 and stamps == sorted(set(stamps))
     ledger.close()
+
+
+def test_a_destructor_that_nobody_waits_for_writes_nowhere(tmp_path):
+    ledger = Ledger()
+    late, later = Thing(ledger.path), Thing(ledger.path)
+    number = int(ledger.path.rpartition("/")[2])
+    ledger.close()
+    del late
+    page = tmp_path / "page"
+    with page.open("w+b") as file:
+        os.dup2(file.fileno(), number)
+        del later
+        os.close(number)
+    assert page.read_bytes() == b""
 
 
 class Loop:

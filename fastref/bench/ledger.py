@@ -12,6 +12,7 @@ from fastref.errors import CallTimeout
 __all__ = ["Ledger", "record"]
 
 _ENTRY = struct.Struct("=QQ")  # count, nanoseconds of the system-wide monotonic clock
+_NAME = "fastref-bench-ledger"
 POLL_S = 50e-6
 TIMEOUT_S = 10.0
 
@@ -20,7 +21,7 @@ class Ledger:
     """What destructors write down; the process that made it reads it, and it goes with that process."""
 
     def __init__(self) -> None:
-        self._descriptor = os.memfd_create("fastref-bench-ledger")
+        self._descriptor = os.memfd_create(_NAME)
         os.pwrite(self._descriptor, bytes(_ENTRY.size), 0)
         self.path = f"/proc/{os.getpid()}/fd/{self._descriptor}"  # for `record`, in any process of this user
         self.close = weakref.finalize(self, os.close, self._descriptor)
@@ -53,7 +54,12 @@ class Ledger:
 def record(path: str) -> None:
     """Write down that a destructor runs now. One process at a time writes into one ledger."""
     now = time.perf_counter_ns()
-    descriptor = os.open(path, os.O_RDWR)
+    try:
+        if _NAME not in os.readlink(path):
+            return  # another file has the number now
+        descriptor = os.open(path, os.O_RDWR)
+    except (FileNotFoundError, ProcessLookupError):
+        return  # who wanted to know has ended
     try:
         count, _ = _ENTRY.unpack(os.pread(descriptor, _ENTRY.size, 0))
         os.pwrite(descriptor, _ENTRY.pack(count + 1, now), 0)
