@@ -128,10 +128,12 @@ def test_a_destructor_that_nobody_waits_for_writes_nowhere(tmp_path):
     ledger.close()
     del late
     page = tmp_path / "page"
-    with page.open("w+b") as file:
-        os.dup2(file.fileno(), number)
-        del later
-        os.close(number)
+    descriptor = os.open(page, os.O_RDWR | os.O_CREAT)
+    if descriptor != number:
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    del later
+    os.close(number)
     assert page.read_bytes() == b""
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import mmap
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +64,7 @@ def channel(size_bytes: int) -> Callable[[], object]:
 def handle() -> Callable[[], object]:
     """Take the only handle of a process on a table entry, and drop it."""
     table, holder = _table()
-    index, generation = table.open()
+    index, generation = _opened(table)
 
     def turn() -> None:
         holder.acquire(index, generation)
@@ -80,7 +79,7 @@ def entry() -> Callable[[], object]:
     own = table.holder
 
     def turn() -> None:
-        index, _ = table.open()
+        index, _ = _opened(table)
         own.release(index)
         (closed,) = table.sweep()
         table.free(closed)
@@ -139,10 +138,17 @@ def main() -> None:
         counting.count(name, turns)
 
 
+def _opened(table: ReferenceTable) -> tuple[int, int]:
+    opened = table.open()
+    if opened is None:
+        raise FastrefError("a table from which entries are freed is full")
+    return opened
+
+
 def _table() -> tuple[ReferenceTable, Holder]:
     hold, descriptors = (mmap.mmap(-1, size_bytes) for size_bytes in table_sizes(CAPACITY))
     return ReferenceTable(hold, descriptors, CAPACITY), Holder(hold, descriptors, CAPACITY, peer=1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
