@@ -36,8 +36,7 @@ def count_instructions() -> dict[str, float]:
     """Return how many instructions each part takes, by name, the loop around it not counted.
 
     Source: callgrind's event ``Ir``, over a thousand turns after as many that are not counted, each part by itself.
-    The interpreter's share is in it; with a fixed hash seed the figures of two runs differ by less than one in a
-    thousand.
+    Where the interpreter has a share, two runs may differ by about 1 %; the ring by itself comes out the same.
 
     Raises
     ------
