@@ -42,7 +42,8 @@ class IceoryxWire:
             self.ask(TOUCH, b"")
 
     def close(self) -> None:
-        self._answered = None
+        # Its files in /dev/shm go with these objects, and stay when a process ends that has them.
+        del self._answered, self._client, self._node
 
 
 def _service(iox: ModuleType, address: str) -> tuple[Any, Any]:
@@ -61,12 +62,12 @@ def _fill(memory: Any, operation: int, payload: Any) -> None:
     memory[HEADER_BYTES:] = numpy.frombuffer(payload, dtype="B") if len(payload) else 0
 
 
-def _serve(iox: ModuleType, address: str, ready: threading.Event) -> None:
+def _serve(iox: ModuleType, address: str, ready: threading.Event, end: threading.Event) -> None:
     node, service = _service(iox, address)
     port = service.server_builder().initial_max_slice_len(LARGEST_BYTES).create()
     server = Server()
     ready.set()
-    while True:
+    while not end.is_set():
         if (request := port.receive()) is None:
             os.sched_yield()
             continue
@@ -86,10 +87,23 @@ class IceoryxFloor(BytesFloor):
     installed_as = "iceoryx2"
     world_size = 2
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._end = threading.Event()
+        self._server: threading.Thread | None = None
+
     def wire(self, address: str) -> IceoryxWire:
         return IceoryxWire(self.module, address)
 
     def serve(self, rank: int, address: str) -> None:
         ready = threading.Event()
-        threading.Thread(target=_serve, args=(self.module, address, ready), name="server", daemon=True).start()
+        arguments = (self.module, address, ready, self._end)
+        self._server = threading.Thread(target=_serve, args=arguments, name="server", daemon=True)
+        self._server.start()
         ready.wait()
+
+    def disconnect(self) -> None:
+        super().disconnect()
+        self._end.set()
+        if self._server is not None:
+            self._server.join()
