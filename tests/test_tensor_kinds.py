@@ -27,7 +27,8 @@ pytestmark = [
 
 jobs, job = job_fixtures(2)
 
-SIDE = 200  # a square of this side is large enough to be leased, of any element of two bytes and more
+LEASED_FROM = 131072  # bytes; smaller memory is copied
+SIDE = 400  # a square of this side is large enough to be leased, whatever its elements are
 
 
 class Marked(torch.Tensor):
@@ -80,8 +81,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "float8": lambda: torch.randn(400, 400).to(torch.float8_e5m2),
     "complex32": lambda: torch.complex(square().half(), square().half()),
     "uint64": lambda: square(torch.uint64),
-    "two in a byte": lambda: torch.arange(100_000).to(torch.uint8).view(torch.float4_e2m1fn_x2),
-    "bits": lambda: torch.arange(100_000).to(torch.uint8).view(torch.bits8),
+    "two in a byte": lambda: torch.arange(200_000).to(torch.uint8).view(torch.float4_e2m1fn_x2),
+    "bits": lambda: torch.arange(200_000).to(torch.uint8).view(torch.bits8),
     "transposed": lambda: square().t(),
     "channels last": lambda: torch.randn(4, 3, 60, 60).to(memory_format=torch.channels_last),
     "narrow gaps": lambda: square()[:, 1:-1],
@@ -118,7 +119,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "array backwards": lambda: square().numpy()[::-1],
     "structured array": lambda: numpy.ones(30_000, dtype=[("a", "i4"), ("b", "f8")]),
     "array of the other byte order": lambda: numpy.arange(60_000, dtype=">i4"),
-    "buffer of an object": lambda: Holder(bytearray(os.urandom(100_000))),
+    "buffer of an object": lambda: Holder(bytearray(os.urandom(200_000))),
 }
 
 
@@ -140,7 +141,7 @@ def addresses(value: Any) -> list[int]:
     if isinstance(value, Holder):
         return [numpy.frombuffer(value.memory, dtype=numpy.uint8).ctypes.data]
     if isinstance(value, torch.Tensor):
-        return [part.data_ptr() for part in inner(value.detach()) if part.untyped_storage().nbytes() >= 65536]
+        return [part.data_ptr() for part in inner(value.detach()) if part.untyped_storage().nbytes() >= LEASED_FROM]
     return [value.data_ptr()]
 
 

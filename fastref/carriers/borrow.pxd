@@ -6,7 +6,7 @@ from fastref._core cimport Holder
 
 
 cdef enum:
-    LEASE_FROM = 65536      # smaller buffers are copied; the figures are in docs/architecture.md
+    LEASE_FROM = 131072     # smaller buffers are copied; the figures are in docs/architecture.md
     NO_ENTRY = 0xFFFFFFFF   # the place of a table entry where a block has none
 
 cdef extern from *:
