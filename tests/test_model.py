@@ -11,7 +11,7 @@ from tests.model.explore import explore, follow
 LARGE = {
     *(
         (name, scenario)
-        for name in ("references", "messages")
+        for name in ("references", "messages", "publication")
         for scenario in MODELS[name].SCENARIOS
         if scenario not in MODELS[name].QUICK
     ),

@@ -7,12 +7,18 @@ import time
 from collections.abc import Sequence
 from types import ModuleType
 
-from tests.model import bell, forks, rules, slot
+from tests.model import bell, forks, publication, rules, slot
 from tests.model.explore import Result, explore, follow
 
 __all__ = ["MODELS", "main", "model_of_rule"]
 
-MODELS: dict[str, ModuleType] = {"references": rules, "messages": forks, "slot": slot, "bell": bell}
+MODELS: dict[str, ModuleType] = {
+    "references": rules,
+    "messages": forks,
+    "publication": publication,
+    "slot": slot,
+    "bell": bell,
+}
 """Each model's module: RULES, SCENARIOS, SHOWN_BY, build(scenario, without) and describe(action, state)."""
 
 
@@ -80,7 +86,7 @@ def _search(name: str, scenario: str) -> Result:
     result = explore(model)
     verdict = result.problem or "holds"
     spent_s = time.monotonic() - began
-    print(f"{name:<11}{scenario:<38}{result.states:>8} states, {result.finals:>4} ends {spent_s:6.1f} s  {verdict}")
+    print(f"{name:<12}{scenario:<38}{result.states:>8} states, {result.finals:>4} ends {spent_s:6.1f} s  {verdict}")
     if result.problem:
         _print_trace(module, model, result)
     return result
