@@ -174,6 +174,7 @@ cdef class ReferenceTable:
     cdef int64_t open_entry(self, uint64_t bit) noexcept nogil
     cdef bint needs_sweep(self) noexcept nogil
     cdef void publish(self, uint32_t index, fr_published* now) noexcept nogil
+    cdef void withdraw(self, uint32_t index) noexcept nogil
     cdef void _push_free(self, uint32_t index) noexcept nogil
     cdef bint _close(self, uint32_t index) noexcept nogil
 

@@ -705,12 +705,12 @@ cdef class ReferenceTable:
         now.block.offset, now.block.index, now.block.generation = offset, entry, generation
         self.publish(self.holder._checked(index), &now)
 
-    def withdraw(self, index: int) -> None:
+    cdef void withdraw(self, uint32_t index) noexcept nogil:
         """Have holders ask the owner again. Who has begun to read what was published may end."""
         cdef fr_published now
         memset(&now, 0, sizeof(fr_published))
         now.form = FR_FORM_ASK
-        fr_descriptor_write(&self.at.descriptors[self.holder._checked(index)], &now)
+        fr_descriptor_write(&self.at.descriptors[index], &now)
 
     def set_state(self, index: int, state: str) -> None:
         """Tell holders that the value is "ready" or "failed"; they ask the owner for it."""

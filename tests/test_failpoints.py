@@ -111,7 +111,14 @@ def use_everything(rounds: int) -> dict[str, int]:
     """
     outcomes = {"done": 0, "failed": 0}
     for i in range(rounds):
-        for step in (make_and_use, hand_over, call_with_payload, take_from_owner, have_others_make):
+        for step in (
+            make_and_use,
+            hand_over,
+            call_with_payload,
+            take_from_owner,
+            have_others_make,
+            have_others_publish,
+        ):
             try:
                 step(i)
                 outcomes["done"] += 1
@@ -167,6 +174,36 @@ def make_for(owner: str, receiver: str, i: int) -> int:
     """Make a value on ``owner`` and one here, and have ``receiver`` fetch both."""
     there, here = rpc.remote(owner, Cell, (i,)), rpc.RRef(Cell(i))
     return sum(rpc.rpc_sync(receiver, fetch, (cell,), timeout=20) for cell in (there, here))
+
+
+def have_others_publish(i: int) -> None:
+    for reader, owner in (("w0", "w1"), ("w1", "w2"), ("w2", "w0")):
+        seen = rpc.rpc_sync(reader, read_versions, (owner, float(i)), timeout=20)
+        assert seen == [i, i, i + 1, i, i, i + 1], seen
+
+
+def read_versions(owner: str, number: float) -> list[float]:
+    """Read a value that is published by itself, until a method changes it, and one whose owner publishes it twice."""
+    tensor = rpc.remote(owner, torch.full, ((3000,), number))
+    seen = [tensor.to_here(timeout=20)[-1].item() for _ in range(2)]
+    tensor.rpc_sync(timeout=20).add_(1)
+    seen.append(tensor.to_here(timeout=20)[-1].item())
+    versions = rpc.rpc_sync(owner, make_version, (number,), timeout=20)
+    seen.extend(versions.to_here(timeout=20)[-1].item() for _ in range(2))
+    rpc.rpc_sync(owner, make_next_version, (versions,), timeout=20)
+    seen.append(versions.to_here(timeout=20)[-1].item())
+    return seen
+
+
+def make_version(number: float) -> rpc.RRef:
+    versions = rpc.RRef(torch.full((3000,), number))
+    versions.publish()
+    return versions
+
+
+def make_next_version(versions: rpc.RRef) -> None:
+    versions.local_value().add_(1)
+    versions.publish()
 
 
 def still_right(puppet: Puppet, others: list[Puppet]) -> None:

@@ -102,7 +102,9 @@ cdef class Executor(ReferenceCaller):
                     flags[0] = FLAG_PUBLISHED
                     return self.encoder()
                 if owned.frozen:
-                    return self.frozen_copy(owned, flags)
+                    body = self.frozen_copy(owned, flags)
+                    if body is not None:
+                        return body
                 job.body = owned.value
             else:
                 if job.head.flags & FLAG_METHOD:

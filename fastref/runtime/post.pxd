@@ -69,6 +69,7 @@ cdef class Post(Wiring):
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
+    cdef tuple open_entry(self)
     cdef int share(self, RRef rref) except -1
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1
     cdef int drain_while_waiting(self) except -1

@@ -498,7 +498,20 @@ cdef class Post(Wiring):
             self.owned.append(None)
         self.owned[index] = owned
 
-    def open_entry(self) -> tuple:
+    cdef tuple open_entry(self):
+        """Open an entry that this process itself holds. Compiled: no signal handler raises when it is open."""
+        while True:
+            entry = self.table.open()
+            if entry is not None:
+                return entry
+            self.sweep()
+            entry = self.table.open()
+            if entry is not None:
+                return entry
+            self.more_entries()
+
+    def more_entries(self) -> None:
+        """Make room for more entries in the table, or raise ``ResourceError``."""
         raise NotImplementedError
 
     def sweep(self) -> None:

@@ -15,4 +15,4 @@ cdef class Publisher(Post):
     cdef int expose(self, OwnedValue owned) except -1
     cdef int withdraw(self, OwnedValue owned) except -1
     cdef Encoder frozen_copy(self, OwnedValue owned, int* flags)
-    cdef int _show(self, OwnedValue owned, uint32_t index, Encoder body, int flags, bint frozen) except -1
+    cdef int _show(self, OwnedValue owned, uint32_t index, Encoder body, int flags, uint64_t turn) except -1

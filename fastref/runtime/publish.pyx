@@ -13,8 +13,8 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_FORM_BLOCK, FR_FORM_INLINE, FR_INLINE_VALUE, failpoints, fr_failpoints_here,
-                            fr_published)
+from fastref._core cimport (FR_FAILPOINT, FR_FORM_BLOCK, FR_FORM_INLINE, FR_INLINE_VALUE, failpoints,
+                            fr_descriptor_read, fr_failpoints_here, fr_published)
 from fastref.codec.payload cimport Encoder
 from fastref.codec.publishable cimport IMMUTABLE, UNREACHABLE, value_publishability
 from fastref.codec.stream cimport encode_value
@@ -85,7 +85,7 @@ cdef class Publisher(Post):
             # Copies of values leave room for calls, and go where everybody knows the memory already.
             if self.arena.bytes_lent + body.total() > self.arena.limit // 2 or self.arena.unannounced:
                 return False
-            return self._show(owned, index, body, 0, False)
+            return self._show(owned, index, body, 0, 0)
         except ResourceError:
             return False
         finally:
@@ -100,11 +100,16 @@ cdef class Publisher(Post):
         return 0
 
     cdef int withdraw(self, OwnedValue owned) except -1:
-        """Have holders ask again, and let go of the copy."""
-        offset, owned.block = owned.block, -1
+        """Have holders ask again, and let go of the copy.
+
+        The descriptor first. Whatever makes an object may collect garbage, and so run code of the program, to which the
+        value counts as exposed already.
+        """
+        cdef int64_t offset = owned.block
+        self.table.withdraw(owned.index)
+        owned.block = -1
         owned.published = owned.frozen = False
         self.copies.pop(owned.index, None)
-        self.table.withdraw(owned.index)
         self.values_withdrawn += 1
         FR_FAILPOINT("publish.withdrawn")
         if offset >= 0:
@@ -130,9 +135,13 @@ cdef class Publisher(Post):
         """Publish the present version of a value, or withdraw what was published."""
         cdef Encoder body
         cdef OwnedValue owned = rref.owned
+        cdef uint64_t turn
         cdef int flags
         value = self.local(rref, -1.0)
+        owned.turns += 1
+        turn = owned.turns
         if not publish:
+            owned.shown_turn = turn
             if owned.published:
                 self.withdraw(owned)
             return 0
@@ -143,28 +152,32 @@ cdef class Publisher(Post):
             flags = self.encode_any(body, value, False)
             if body.references or body.blocks:
                 raise UsageError(f"{rref!r} cannot be published: there are references in its value, or shared memory")
-            self._show(owned, rref.fork.index, body, flags, True)
+            self._show(owned, rref.fork.index, body, flags, turn)
         finally:
             self.encoder_done(body)
         return 0
 
     cdef Encoder frozen_copy(self, OwnedValue owned, int* flags):
-        """What the program has published, for a holder that cannot read it where it lies."""
+        """What the program has published, for a holder that cannot read it where it lies; None when it no longer is."""
         cdef Encoder body = self.encoder()
-        form, flags[0], size, what = self.table.holder.published(owned.index)
-        if form == "inline":
-            body.raw(<const char*>(<bytes>what), size)
-        else:
-            body.raw(self.arena.base + <uint64_t>what[0], size)
+        cdef fr_published seen
+        # No object is made from here to the end: no code of the program runs, and the block stays.
+        if not owned.frozen or not fr_descriptor_read(&self.table.at.descriptors[owned.index], &seen):
+            self.encoder_done(body)
+            return None
+        flags[0] = seen.flags
+        body.raw(<const char*>seen.words if seen.form == FR_FORM_INLINE else self.arena.base + seen.block.offset, seen.size)
         return body
 
-    cdef int _show(self, OwnedValue owned, uint32_t index, Encoder body, int flags, bint frozen) except -1:
+    cdef int _show(self, OwnedValue owned, uint32_t index, Encoder body, int flags, uint64_t turn) except -1:
         """Copy an encoded value and have holders read the copy; False when the value has become reachable, or gone, meanwhile.
 
-        ``frozen``: the program wants it, whoever can reach the value.
+        ``turn``: the program wants it, whoever can reach the value, unless what it has begun later is done already; 0:
+        the program does not know.
         """
         cdef fr_published now
         cdef int64_t offset = -1, before
+        cdef bint frozen = turn != 0, late
         memset(&now, 0, sizeof(fr_published))
         now.form, now.flags, now.size = FR_FORM_INLINE, flags, body.total()
         if now.size <= FR_INLINE_VALUE:
@@ -183,12 +196,14 @@ cdef class Publisher(Post):
                 raise
             FR_FAILPOINT("publish.copied")
         # From here to the end under one hold of the interpreter lock: `expose` comes before or after.
-        if self.owned[index] is not owned or (owned.exposed and not frozen and not owned.lasting):
+        late = turn < owned.shown_turn if frozen else owned.exposed and not owned.lasting
+        if late or self.owned[index] is not owned:
             if offset >= 0:
                 self.arena.give_back(offset)
             return False
         before, owned.block = owned.block, offset
         owned.published, owned.frozen, owned.index = True, frozen, index
+        owned.shown_turn = max(owned.shown_turn, turn)
         self.table.publish(index, &now)
         self.values_published += 1
         if frozen or offset < 0:

@@ -3,8 +3,8 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_LOST, FR_NO_ENTRY, FR_VALUE_PENDING,
-                            FR_VALUE_READY, failpoints, fr_descriptor, fr_descriptor_read, fr_failpoints_here,
+from fastref._core cimport (FR_FAILPOINT, FR_FORM_ASK, FR_FORM_BLOCK, FR_FORM_INLINE, FR_INLINE_VALUE, FR_LOST,
+                            FR_NO_ENTRY, FR_VALUE_PENDING, FR_VALUE_READY, failpoints, fr_descriptor, fr_descriptor_read, fr_failpoints_here,
                             fr_fence_acquire, fr_fork, fr_futex_wait, fr_holder_adopt, fr_load32_acquire, fr_load32_relaxed,
                             fr_now_ns, fr_published)
 from fastref.carriers.borrow cimport LEASE_FROM, Lease
@@ -14,7 +14,7 @@ from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_
                            make_rref)
 from fastref.runtime.calls cimport PUBLISHED, Caller
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport CREDIT_REQUEST, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
+from fastref.wire.frame cimport CREDIT_REQUEST, FLAG_PICKLED, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
 
 import torch
 
@@ -280,7 +280,8 @@ cdef class ReferenceCaller(Caller):
         cdef fr_frame head
         cdef Encoder body
         cdef bint ends_with_creation
-        cdef double wait_s
+        cdef int64_t deadline_ns = -1
+        cdef double left_s = timeout_s, wait_s
         if rref.creation is not None:
             raise rref.creation_error()
         peer = self.owner_of(rref)
@@ -300,32 +301,38 @@ cdef class ReferenceCaller(Caller):
                 if value is not PUBLISHED:
                     return value
             self.fetched_by_message += 1
+            if deadline_ns < 0:
+                deadline_ns = self.deadline(timeout_s)
             memset(&head, 0, sizeof(fr_frame))
             head.kind, head.slot, head.call = RREF_FETCH_CALL, NO_SLOT, self.new_call()
             head.callable = rref.fork.index
             body = self.encoder()
             body.references.append(rref)
-            ends_with_creation = self._ends_with_creation(rref, timeout_s)
-            wait_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9) if ends_with_creation else timeout_s
+            ends_with_creation = self._ends_with_creation(rref, deadline_ns)
+            wait_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9) if ends_with_creation else left_s
+            value = PUBLISHED  # or not in time
             try:
                 value = self.exchange(peer, &head, body, wait_s, "to_here()")
             except CallTimeout:
                 self.check_creation(rref)
                 if not ends_with_creation:
+                    if left_s != timeout_s:
+                        self.raise_timeout(peer, "to_here()", timeout_s)
                     raise
-                continue  # the value came in time, its answer did not
             if value is not PUBLISHED:
                 return value
+            if deadline_ns:  # one for all questions
+                left_s = (deadline_ns - fr_now_ns()) / 1e9
+                if left_s <= 0:
+                    self.raise_timeout(peer, "to_here()", timeout_s)
 
-    cdef bint _ends_with_creation(self, RRef rref, double timeout_s) except -1:
-        """Whether who waits for a value has to stop when its remote() is out of time, before his own timeout."""
-        cdef int64_t own_ns
+    cdef bint _ends_with_creation(self, RRef rref, int64_t deadline_ns) except -1:
+        """Whether who waits for a value has to stop when its remote() is out of time, before his own deadline."""
         if not rref.value_deadline_ns:
             return False
         if fr_load32_acquire(&rref.holder.h.at.descriptors[rref.fork.index].state) != FR_VALUE_PENDING:
             return False
-        own_ns = self.deadline(timeout_s)
-        return not own_ns or rref.value_deadline_ns < own_ns
+        return not deadline_ns or rref.value_deadline_ns < deadline_ns
 
     cdef int check_creation(self, RRef rref) except -1:
         """Raise when the value did not come, or has not come, within the time that its remote() was given."""
@@ -355,6 +362,8 @@ cdef class ReferenceCaller(Caller):
                 return PUBLISHED
             _check_generation(rref, d, peer)
             FR_FAILPOINT("publish.seen")
+            if seen.form > FR_FORM_BLOCK or seen.flags & ~FLAG_PICKLED:
+                raise ProtocolError(f"worker {peer.info.name!r} published a value in form {seen.form} with flags {seen.flags:#x}")
             if seen.form == FR_FORM_INLINE:
                 if seen.size > FR_INLINE_VALUE:
                     raise ProtocolError(f"worker {peer.info.name!r} published {seen.size} bytes in {FR_INLINE_VALUE}")

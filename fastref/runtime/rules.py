@@ -105,21 +105,6 @@ class RuleKeeper(Server):
 
     # ---- entries and credits
 
-    def open_entry(self) -> tuple[int, int]:
-        """Open an entry that this process itself holds."""
-        while True:
-            entry = self.table.open()
-            if entry is not None:
-                return entry
-            self.sweep()
-            entry = self.table.open()
-            if entry is not None:
-                return entry
-            self.more_entries()
-
-    def more_entries(self) -> None:
-        raise NotImplementedError
-
     def _granted(self, peer: Peer, call: int, value: Any) -> None:
         if isinstance(value, str):  # none, and why: whoever waits asks again, and says so if it was in vain
             peer.refuse_credits(value)

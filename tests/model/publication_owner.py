@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tests.model.publication_world import ASK, BLOCK, CLOSED, INLINE, NONE, OTHER, OWNER, PROGRAM, READERS, SERVER, World
+from tests.model.publication_world import (
+    ASK,
+    BLOCK,
+    CLOSED,
+    INLINE,
+    NONE,
+    OTHER,
+    OWNER,
+    READERS,
+    SERVER,
+    World,
+)
 
 if TYPE_CHECKING:
     from tests.model.publication import PublicationModel
@@ -205,7 +216,7 @@ def _change_b(m: PublicationModel, w: World, t: int, then: tuple) -> None:
 
 
 def _change(m: PublicationModel, w: World, t: int) -> None:
-    """A change that takes the interpreter lock, so that two threads may make one: by hand, or once the value is exposed."""
+    """A change under the interpreter lock, so that two threads may make one: by hand, or of an exposed value."""
     if m.by_hand:
         w.left[t] -= 1
         _change_at_once(m, w, t)

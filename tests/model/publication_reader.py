@@ -1,4 +1,4 @@
-"""What a reader of a published value does: the descriptor word by word, its bit, the generation, the block word by word.
+"""What a reader of a published value does: the descriptor word by word, its bit, the generation, the block.
 
 Threads of one process share its private counts and its bit, under one private lock.
 """

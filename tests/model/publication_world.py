@@ -39,8 +39,8 @@ class World:
         "kills", "others",  # how often somebody may still die, a block be lent for something else
         "gone",  # the owner has let go of the value
     )  # fmt: skip
-    _LISTS = ("words", "value", "phase", "generation", "hold", "content", "step", "left", "mail", "life", "count", "held",
-              "lock")  # fmt: skip
+    _LISTS = ("words", "value", "phase", "generation", "hold", "content", "step", "left", "mail", "life", "count",
+              "held", "lock")  # fmt: skip
     __slots__ = FIELDS
 
     version: int
