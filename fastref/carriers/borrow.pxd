@@ -41,6 +41,7 @@ cdef class PeerArena:
     cdef Holder _holder
     cdef void* leases
 
+    cdef bint finds(self, uint64_t offset, uint64_t size_bytes) except -1
     cdef int check(self, uint64_t offset, uint64_t size_bytes) except -1
     cdef bint has(self, uint64_t offset, uint64_t size_bytes) noexcept
     cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL

@@ -220,14 +220,20 @@ cdef class PeerArena:
                     return True
         return False
 
+    cdef bint finds(self, uint64_t offset, uint64_t size_bytes) except -1:
+        """Whether a block lies in a file that is mapped. The peer may have sent one that nobody has read of: waits for it."""
+        if self.has(offset, size_bytes):
+            return True
+        if offset > self.size_bytes or size_bytes > self.size_bytes - offset:
+            raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside an arena of {self.size_bytes}")
+        if self._look is not None:
+            self._look(partial(self.covers, offset, size_bytes))
+        return self.has(offset, size_bytes)
+
     cdef int check(self, uint64_t offset, uint64_t size_bytes) except -1:
-        """Make sure that a block lies in a file that is mapped: the peer may have sent one that nobody has read of."""
-        if not self.has(offset, size_bytes):
-            if self._look is not None:
-                self._look(partial(self.covers, offset, size_bytes))
-            if not self.has(offset, size_bytes):
-                raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside the files of an arena of "
-                                    f"{self.size_bytes}")
+        if not self.finds(offset, size_bytes):
+            raise ProtocolError(f"a block of {size_bytes} bytes at {offset} is outside the files of an arena of "
+                                f"{self.size_bytes}")
         return 0
 
     cdef const char* borrow(self, uint64_t offset, uint64_t size_bytes) except NULL:

@@ -368,6 +368,8 @@ cdef class ReferenceCaller(Caller):
                 if seen.size > FR_INLINE_VALUE:
                     raise ProtocolError(f"worker {peer.info.name!r} published {seen.size} bytes in {FR_INLINE_VALUE}")
                 value = self.decode_any(<const char*>seen.words, seen.size, seen.flags, _NOTHING, None)
+            elif not peer.arena.finds(seen.block.offset, seen.size):
+                return PUBLISHED  # in a file that we have not been sent yet
             elif seen.block.index == FR_NO_ENTRY:
                 value = self.decode_any(peer.arena.borrow(seen.block.offset, seen.size), seen.size, seen.flags, _NOTHING, None)
             elif peer.holder.take_unpinned(seen.block.index, seen.block.generation) == FR_LOST:
