@@ -49,6 +49,8 @@ cdef extern from "fr_table.h" nogil:
         uint64_t size
         uint64_t* words
         fr_block_place block
+    struct fr_bell:
+        pass
     struct fr_regions:
         uint64_t* hint
         uint64_t* hold
@@ -71,6 +73,7 @@ cdef extern from "fr_table.h" nogil:
     void fr_holder_adopt(fr_holder*, uint32_t, uint32_t)
     int fr_holder_release(fr_holder*, uint32_t)
     void fr_flag_dirty(fr_regions*, uint32_t)
+    void fr_hurry(fr_regions*, fr_bell*)
     int fr_table_open(fr_regions*, uint32_t, uint64_t)
     int fr_table_close(fr_regions*, uint32_t)
     int fr_table_clear(fr_regions*, uint32_t, uint64_t)
@@ -148,12 +151,15 @@ cdef class ForkData:
 
 cdef class Holder:
     cdef fr_holder h
+    cdef fr_bell* bell
     cdef object _regions
     cdef public tuple epitaph           # once another worker has the owner's rank: name, rank, pid, reason, left
     cdef readonly object gone           # deque of (index, generation), without a bit: entries whose last count went
 
     cdef int take(self, uint32_t index, uint32_t generation) noexcept nogil
     cdef int drop(self, uint32_t index) noexcept
+    cdef int drop_block(self, uint32_t index) noexcept
+    cdef int ring_at(self, object bell) except -1
     cdef int take_unpinned(self, uint32_t index, uint32_t generation) noexcept nogil
     cdef bint has(self, uint32_t index) noexcept nogil
     cdef uint32_t _checked(self, index) except? 0xFFFFFFFF

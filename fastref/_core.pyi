@@ -73,7 +73,14 @@ class ForkData:
 
 class Holder:
     epitaph: tuple[str, int, int, str, bool] | None
-    def __init__(self, hold: Buffer, descriptors: Buffer, capacity: int, peer: int | None = None) -> None: ...
+    def __init__(
+        self,
+        hold: Buffer,
+        descriptors: Buffer,
+        capacity: int,
+        peer: int | None = None,
+        bell: Buffer | None = None,
+    ) -> None: ...
     def acquire(self, index: int, generation: int) -> bool: ...
     def acquire_unpinned(self, index: int, generation: int) -> bool: ...
     def adopt(self, index: int, generation: int) -> None: ...
@@ -101,6 +108,7 @@ class ReferenceTable:
         usable: int | None = None,
         generation_limit: int = ...,
         first_generation: int = 0,
+        bell: Buffer | None = None,
     ) -> None: ...
     @property
     def holder(self) -> Holder: ...

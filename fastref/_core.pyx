@@ -300,10 +300,13 @@ cdef class Holder:
         Entries in the table.
     peer : int or None
         Which peer of the owner this process is, 0 <= peer < 61. None: it has no bit and goes by messages.
+    bell : writable buffer or None
+        The owner's, to be rung when a value has lost its last holder. None: the owner looks when it likes.
     """
 
-    def __cinit__(self, hold, descriptors, capacity: int, peer=None):
+    def __cinit__(self, hold, descriptors, capacity: int, peer=None, bell=None):
         self._regions = []
+        self.ring_at(bell)
         self.epitaph = None
         _regions_at(&self.h.at, hold, descriptors, capacity, self._regions)
         if peer is not None and not 0 <= peer < BITS:
@@ -320,6 +323,15 @@ cdef class Holder:
             free(self.h.held)
             pthread_mutex_destroy(&self.h.lock)
 
+    cdef int ring_at(self, object bell) except -1:
+        cdef unsigned char[::1] memory = bell
+        if bell is not None:
+            if memory.shape[0] < <Py_ssize_t>sizeof(fr_bell):
+                raise ProtocolError(f"a bell in {memory.shape[0]} bytes")
+            self._regions.append(memoryview(bell))
+            self.bell = <fr_bell*>&memory[0]
+        return 0
+
     cdef int take(self, uint32_t index, uint32_t generation) noexcept nogil:
         if index >= self.h.at.capacity:
             return FR_LOST
@@ -331,6 +343,13 @@ cdef class Holder:
         return fr_holder_acquire_unpinned(&self.h, index, generation)
 
     cdef int drop(self, uint32_t index) noexcept:
+        """Let one count of a value go. The owner lets go of the value soon if it was the last of all."""
+        cdef int result = self.drop_block(index)
+        if result == FR_LAST_FLAGGED and self.bell != NULL:
+            fr_hurry(&self.h.at, self.bell)
+        return result
+
+    cdef int drop_block(self, uint32_t index) noexcept:
         """Let one count go; without a bit, note when it was the last: the owner has to be told."""
         cdef uint32_t generation
         cdef int result
@@ -476,13 +495,15 @@ cdef class ReferenceTable:
         An entry is retired instead of reaching this generation.
     first_generation : int
         Of every entry, when it is opened for the first time.
+    bell : writable buffer or None
+        Our own, for the values that this process itself is the last to hold.
     """
 
     def __cinit__(self, hold, descriptors, capacity: int, usable=None, generation_limit: int = UINT32_MAX,
-                  first_generation: int = 0):
+                  first_generation: int = 0, bell=None):
         self._regions = []
         memoryview(descriptors).cast("B")[0:0] = b""  # refuses read-only memory
-        self.holder = Holder(hold, descriptors, capacity)
+        self.holder = Holder(hold, descriptors, capacity, None, bell)
         self.holder.h.bit = FR_BIT_OWNER
         self.at = self.holder.h.at
         self.generation_limit, self.first_generation = generation_limit, first_generation

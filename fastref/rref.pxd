@@ -37,6 +37,7 @@ cdef class Wiring:
     cdef unsigned fork_count
 
     cdef int check(self) except -1
+    cdef void release_pins(self) noexcept
     cdef object fetch(self, RRef rref, double timeout_s)
     cdef object local(self, RRef rref, double timeout_s)
     cdef object invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)

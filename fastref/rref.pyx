@@ -7,7 +7,7 @@ references stay below channels, codec and threads.
 cimport cython
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from fastref._core cimport Holder, fr_fork
+from fastref._core cimport FR_KEPT, Holder, fr_fork
 
 import copy
 
@@ -82,6 +82,9 @@ cdef class Wiring:
                 "this process was made by os.fork() after init_rpc; only the parent may use its references. "
                 "Start workers with the spawn or forkserver method and call init_rpc in each of them.")
         return 0
+
+    cdef void release_pins(self) noexcept:
+        """Let go of what was held for messages that have been read since."""
 
     cdef object fetch(self, RRef rref, double timeout_s):
         raise NotImplementedError
@@ -159,7 +162,8 @@ cdef class RRef:
     def __dealloc__(self):
         # No message, no lock but the private one: drop a count, perhaps a bit, perhaps leave a note for the runtime.
         if self.holder is not None and self.wiring is not None and self.wiring.fork_count == fr_forks:
-            self.holder.drop(self.fork.index)
+            if self.holder.drop(self.fork.index) == FR_KEPT:
+                self.wiring.release_pins()
 
     cdef int _usable(self, what) except -1:
         self.wiring.check()

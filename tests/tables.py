@@ -22,8 +22,8 @@ class Memory:
     def table(self, **options) -> ReferenceTable:
         return ReferenceTable(self.hold, self.descriptors, self.capacity, **options)
 
-    def holder(self, peer: int | None) -> Holder:
-        return Holder(self.hold, memoryview(self.descriptors).toreadonly(), self.capacity, peer)
+    def holder(self, peer: int | None, bell: bytearray | None = None) -> Holder:
+        return Holder(self.hold, memoryview(self.descriptors).toreadonly(), self.capacity, peer, bell)
 
 
 def close(table: ReferenceTable) -> list[int]:

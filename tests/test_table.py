@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastref._core import BITS, Holder, ReferenceTable, table_sizes
+from fastref.channels.channel import BELL_BYTES
 from fastref.errors import ProtocolError, ReferenceLost, UsageError
 from tests.tables import ABROAD, CAPACITY, CLOSED, OWNER, Memory, close
 
@@ -50,6 +51,40 @@ def test_the_value_lives_until_the_last_holder_lets_go(table, alice, bob):
     assert table.word(index) == 0 and table.is_flagged()
     assert table.sweep() == [index]
     assert table.word(index) == CLOSED and table.phase_of(index) == "closing"
+
+
+ARMED, LEADER_WAKES = 64, 72  # where in a bell it says that its owner sleeps, and how often it was woken
+
+
+def armed_bell() -> bytearray:
+    bell = bytearray(BELL_BYTES)
+    bell[ARMED] = 1
+    return bell
+
+
+def test_who_holds_a_value_last_wakes_its_owner_once(memory):
+    bell = armed_bell()
+    table, alice, bob = memory.table(bell=bell), memory.holder(3, bell), memory.holder(60, bell)
+    entries = [table.open() for _ in range(2)]
+    for entry in entries:
+        alice.acquire(*entry)
+        bob.acquire(*entry)
+        table.holder.release(entry[0])
+        alice.release(entry[0])
+    assert (bell[ARMED], bell[LEADER_WAKES]) == (1, 0)
+    bob.release(entries[0][0])
+    assert (bell[ARMED], bell[LEADER_WAKES]) == (0, 1)
+    bell[ARMED] = 1
+    bob.release(entries[1][0])
+    assert bell[LEADER_WAKES] == 1, "the owner has not looked since it was woken"
+    assert close(table) == [index for index, _ in entries]
+    table.holder.release(table.open()[0])
+    assert bell[LEADER_WAKES] == 2, "its own values too are let go of by its serving threads"
+
+
+def test_a_bell_in_too_little_memory_is_refused(memory):
+    with pytest.raises(ProtocolError, match="a bell in 8 bytes"):
+        memory.holder(3, bytearray(8))
 
 
 def test_an_entry_is_used_again_under_the_next_generation(table):

@@ -11,6 +11,7 @@
 #define FR_SERVE_H
 
 #include "fr_bell.h"
+#include "fr_table.h"
 #include "fr_wait.h"
 
 #define FR_WATCH_NS 200000          /* how long a leader may be in user code before a follower steps in */
@@ -19,6 +20,7 @@
 struct fr_serving {                 /* private to the process, shared by its threads */
     struct fr_bell *bell;
     struct fr_listener *listener;   /* of the same bell */
+    const uint64_t *hint;           /* of the table: FR_HINT_NOW, values wait to be let go of */
     uint32_t token;                 /* 1: somebody drains */
     uint32_t watcher;               /* 1: a follower is awake and watching */
     uint64_t progress;              /* grows when a leader comes back from user code */
@@ -38,7 +40,8 @@ FR_INLINE int fr_serve_take_token(struct fr_serving *s)
 
 FR_INLINE int fr_serve_has_work(struct fr_serving *s)
 {
-    return fr_listener_any(s->listener) || fr_load32_relaxed(&s->queued) || fr_load32_relaxed(&s->errands);
+    return fr_listener_any(s->listener) || fr_load32_relaxed(&s->queued) || fr_load32_relaxed(&s->errands)
+           || fr_load_relaxed(s->hint) & FR_HINT_NOW;
 }
 
 /* The leader, at the sight of a call: it will arm the bell, whose line the caller has just looked at. */

@@ -11,6 +11,7 @@
 #define FR_TABLE_H
 
 #include "fr_atomic.h"
+#include "fr_bell.h"
 #include "fr_failpoint.h"
 #include <pthread.h>
 
@@ -20,6 +21,8 @@
 #define FR_BIT_CLOSED ((uint64_t)1 << 63)
 
 #define FR_HOLD_OFFSET 64u                      /* the hint lies in the first line of the region */
+#define FR_HINT_ANY ((uint64_t)1)               /* entries are flagged; */
+#define FR_HINT_NOW ((uint64_t)2)               /* and somebody wants the owner to close them at once */
 #define FR_INLINE_VALUE 88u
 #define FR_NO_ENTRY 0xFFFFFFFFu
 
@@ -68,7 +71,14 @@ static inline void fr_flag_dirty(struct fr_regions *at, uint32_t index)
 {
     FR_FAILPOINT("table.and_before_dirty");
     fr_or(&at->dirty[index >> 6], (uint64_t)1 << (index & 63)); /* SYNC: after the AND; pairs with the owner's take */
-    fr_store_release(at->hint, 1);                              /* SYNC: after the bit; the owner clears it first */
+    fr_or(at->hint, FR_HINT_ANY);                               /* SYNC: after the bit; the owner clears it first */
+}
+
+/* After a release that flagged a value: have the owner let go of it now. Blocks can wait until the owner looks anyway. */
+static inline void fr_hurry(struct fr_regions *at, struct fr_bell *bell)
+{
+    if (!(fr_or(at->hint, FR_HINT_NOW) & FR_HINT_NOW)) /* SYNC: now before armed; pairs with the sleepers' armed before it */
+        fr_bell_wake(bell);
 }
 
 /* Take one more handle or pin. Somebody else's pin keeps the entry open meanwhile, so the OR cannot come late.

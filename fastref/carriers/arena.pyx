@@ -165,7 +165,7 @@ cdef class Arena:
         """
         index = self._pinned.pop(offset, None) if self._pinned else None
         if index is not None:
-            self._holder.drop(index)  # whoever holds it last has the entry closed, and `closed` called
+            self._holder.drop_block(index)  # whoever holds it last has the entry closed, and `closed` called
         elif not fr_arena_give_back(&self.blocks, offset, False):
             raise UsageError(f"no block is lent at {offset}")
         FR_FAILPOINT("arena.given_back")

@@ -43,5 +43,6 @@ cdef class Peer:
     cdef list slot_loans                # (slot, call, offset): blocks that answers in its slots point to
     cdef public object lock
 
+    cdef void release_pins(self) noexcept
     cdef int release_loans(self, Arena arena) except -1
     cdef int release(self, Arena arena) except -1

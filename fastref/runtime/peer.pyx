@@ -96,11 +96,14 @@ cdef class Peer:
 
     cdef int release(self, Arena arena) except -1:
         """Let go of pins and blocks that the peer is done with."""
-        if self.pins.count:
-            self.pins.release_until(<uint64_t>0xFFFFFFFFFFFFFFFF if fr_load32_acquire(&self.died) else self.channel.acquired())
+        self.release_pins()
         if self.loans or self.slot_loans:
             self.release_loans(arena)
         return 0
+
+    cdef void release_pins(self) noexcept:
+        if self.pins.count:
+            self.pins.release_until(<uint64_t>0xFFFFFFFFFFFFFFFF if fr_load32_acquire(&self.died) else self.channel.acquired())
 
     cdef int release_loans(self, Arena arena) except -1:
         cdef bint dead = fr_load32_acquire(&self.died)

@@ -445,6 +445,12 @@ cdef class Post(Wiring):
             else:
                 self.unhold(holder, index)
 
+    cdef void release_pins(self) noexcept:
+        if self.peers is not None:  # a handle may outlive what the collector has emptied
+            for peer in self.peers:
+                if peer is not None:
+                    (<Peer>peer).release_pins()
+
     def unhold(self, holder, index: int) -> None:
         """Let a pin go; after ``users_deleted`` those on other tables have gone already."""
         if not self.users_deleted or holder is self.table.holder:

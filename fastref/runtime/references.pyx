@@ -392,7 +392,7 @@ cdef class ReferenceCaller(Caller):
             payload = <const char*>lease.start if lease is not None else peer.arena.borrow(seen.block.offset, seen.size)
             return self.decode_any(payload, seen.size, seen.flags, _NOTHING, lease)
         finally:
-            peer.holder.drop(seen.block.index)
+            peer.holder.drop_block(seen.block.index)
 
     cdef object confirmation(self, RRef rref):
         cdef double timeout_s = 0

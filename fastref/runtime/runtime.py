@@ -188,8 +188,9 @@ class Runtime(GroupKeeper):
         assert memory is not None
         generations = generations_of(record.incarnation) if not record.world_size else range(0xFFFFFFFF)
         table = ReferenceTable(
-            memory.hold, memory.descriptors, memory.capacity, memory.usable, generations.stop, generations.start
-        )
+            memory.hold, memory.descriptors, memory.capacity, memory.usable, generations.stop, generations.start,
+            memory.bell,
+        )  # fmt: skip
         super().__init__(
             record.rank, WorkerInfo(record.name, record.rank), [], Inbox(memory.bell),
             ResponseSlots(memory.slots, SLOTS), memory.make_arena(table.holder), table,
@@ -330,7 +331,7 @@ class Runtime(GroupKeeper):
         """Return the worker at the other end of a link, what it handed over mapped."""
         record, theirs = link.record, PeerMemory(link)
         bit = self.rank if self.rank < theirs.bits else None
-        holder = Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit)
+        holder = Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit, theirs.bell)
         generations = range(0xFFFFFFFF) if record.world_size else generations_of(record.incarnation)
         return Peer(
             record.rank, WorkerInfo(record.name, record.rank), record.pid,

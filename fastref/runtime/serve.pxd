@@ -13,6 +13,7 @@ cdef extern from "fr_serve.h" nogil:
     struct fr_serving:
         fr_bell* bell
         fr_listener* listener
+        const uint64_t* hint
         uint32_t token
         uint32_t watcher
         uint64_t progress

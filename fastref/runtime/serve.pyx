@@ -54,6 +54,7 @@ cdef class Server(Executor):
     def __init__(self, *args, thread_cap: int = 16, **kwargs):
         super().__init__(*args, **kwargs)
         self.serving.bell, self.serving.listener = self.inbox.bell, &self.inbox.listener
+        self.serving.hint = self.table.at.hint
         self.thread_cap = thread_cap
         self.queue, self.controls = deque(), deque()
         self.completions, self.errands = [], deque()

@@ -37,6 +37,8 @@ static pthread_t threads[MOST_THREADS];
 static uint32_t thread_count, parked;
 static uint64_t pending[FR_READY_WORDS], changes; /* with the token */
 static int favourite = NO_FAVOURITE;
+static uint64_t hint, dropped, closed; /* entries of a table that were flagged, a bit for each source, and closed */
+static struct fr_regions table = {.hint = &hint, .dirty = &dropped};
 static uint64_t handled, steps_in, rounds, kinds[KINDS];
 static int64_t half_ns; /* until then a flood from all, then a conversation with one */
 static pthread_mutex_t start_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -70,6 +72,10 @@ static void prefer_somebody(uint64_t *state)
 /* The next message and, for one that blocks, which release it waits for. With the token. */
 static int next(struct message *message, uint32_t *awaited)
 {
+    if (fr_load_relaxed(&hint)) {
+        fr_exchange(&hint, 0);
+        closed += (uint64_t)__builtin_popcountl(fr_exchange(&dropped, 0));
+    }
     for (unsigned word = 0; word < FR_READY_WORDS; word++)
         pending[word] |= fr_listener_take(&listener, word);
     if (favourite != NO_FAVOURITE && fr_listener_favourite(&listener))
@@ -182,6 +188,13 @@ static void send(struct source *s, uint32_t kind)
     fr_bell_ring(serving.bell, message.source);
 }
 
+/* The last holder of an entry lets go of it. */
+static void drop(struct source *s)
+{
+    fr_flag_dirty(&table, (uint32_t)(s - sources));
+    fr_hurry(&table, serving.bell);
+}
+
 /* Pauses around the length of the ways to sleep; now and then long enough for every thread to reach its deepest sleep. */
 static void pause_somehow(uint64_t *state)
 {
@@ -207,6 +220,7 @@ static void *flood(void *argument)
                 pause_us(random_below(&state, 500));
             send(s, RELEASES);
             break;
+        case 2: drop(s); break;
         default: send(s, QUICK);
         }
         pause_somehow(&state);
@@ -232,6 +246,10 @@ static void converse(struct source *s)
                 pause_us(1);
         if (!random_below(&state, 4))
             pause_somehow(&state);
+        drop(s);
+        while (fr_load_acquire(&dropped)) /* no message comes meanwhile */
+            if (random_below(&state, 2))
+                pause_us(1);
     }
 }
 
@@ -243,6 +261,7 @@ int main(int argc, char **argv)
     half_ns = fr_now_ns() + (end_ns - fr_now_ns()) / 2;
     serving.bell = guarded(sizeof *serving.bell);
     serving.listener = &listener;
+    serving.hint = &hint;
     fr_listener_open(&listener, serving.bell);
     for (int i = 0; i < PRODUCERS; i++) {
         void *memory = guarded(FR_RING_DATA_OFFSET + SIZE);
@@ -257,7 +276,8 @@ int main(int argc, char **argv)
         join(producers[i]);
         sent += sources[i].sent;
     }
-    while (fr_load_acquire(&handled) != sent) /* nobody rings any more: the last message too must have woken somebody */
+    /* Nobody rings any more: the last message too, and the last drop, must have woken somebody. */
+    while (fr_load_acquire(&handled) != sent || fr_load_acquire(&dropped))
         pause_us(200);
     sent -= sources[0].sent;
     converse(&sources[0]);
@@ -267,10 +287,11 @@ int main(int argc, char **argv)
         join(threads[i]);
     CHECK(handled == sent && serving.token == 0 && serving.away == 0);
     for (int kind = 0; kind < KINDS; kind++)
-        CHECK(kinds[kind] > 0 && rounds > 0 && changes > 0); /* else nothing has been tried */
+        CHECK(kinds[kind] > 0 && rounds > 0 && changes > 0 && closed > 0); /* else nothing has been tried */
     printf("serve: %lu messages, %lu blocked, %lu rounds alone, %u threads, %lu times another led, %lu changes of the favourite, "
+           "closed %lu, "
            "slept %lu, spun %lu, briefly %lu\n",
-           handled, kinds[BLOCKS], rounds, thread_count, steps_in, changes, serving.waiting.slept, serving.waiting.spun,
+           handled, kinds[BLOCKS], rounds, thread_count, steps_in, changes, closed, serving.waiting.slept, serving.waiting.spun,
            serving.briefly.spun);
     return 0;
 }
