@@ -28,6 +28,9 @@ class Files:
         self.committed: list[tuple[int, int]] = []
         self.refuses = False
 
+    def has(self, offset: int) -> bool:
+        return offset in self.sizes
+
     def add(self, offset: int, size_bytes: int) -> None:
         if self.refuses:
             raise ResourceError("the system has none")

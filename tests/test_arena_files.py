@@ -381,7 +381,8 @@ def test_a_peer_that_dies_with_messages_unread_is_in_nobodys_way(troupe: Troupe)
 
 
 def announce_nothing() -> None:
-    files()._announce = lambda link, offset: None
+    files()._tell = lambda rank, link: None
+    files()._untold = lambda rank: []
 
 
 def say(name: str, kind: str, offset: int, size_bytes: int | None = None, sealed: bool = True) -> None:

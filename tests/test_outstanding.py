@@ -31,7 +31,7 @@ def resident() -> int:
 def shared() -> tuple[int, int]:
     """Return how much shared memory this worker has in use, and how much of its rings."""
     figures = current_wiring().snapshot()
-    return figures["arena"]["used"], figures["calls"]["threads"]
+    return figures["arena"]["bytes_lent"], figures["calls"]["threads"]
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor of 1 KiB"])

@@ -540,6 +540,8 @@ class Registry:
         self.acknowledged = 0  # every read that begins from now on has to show this version or a later one
         self.begun = 0  # no read that has ended may show a later one
         self.rref = rpc.RRef(full(size, 0))
+        if by_hand:
+            self.rref.publish()  # until then readers have what is there, also while it changes
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -16,7 +16,7 @@ struct fr_bell {                    /* in shared memory */
     uint64_t ready[FR_READY_WORDS];
     char pad0[32];
     uint32_t armed;
-    uint32_t pad1;
+    uint32_t unannounced;           /* whom the receiver has still to tell of a file of its arena; not of the bell, but as rare */
     uint32_t leader;                /* futex words, bumped at each wake-up */
     uint32_t follower;              /* a word of its own: one word for both loses wake-ups */
     char pad2[48];

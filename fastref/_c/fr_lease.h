@@ -168,6 +168,41 @@ static inline int64_t fr_pages_drop_written(char *start, size_t size)
     return fr_pages_drop_run(start, size) ? 0 : -1; /* nobody says which: all of them, and none that we know of */
 }
 
+/* Whether a page of a range was written here; 1 also when nobody can say. */
+static inline int fr_pages_any_written(char *start, size_t size)
+{
+    int fd = fr_pagemap_fd();
+    if (fd >= 0 && fr_pagemap_scans) {
+        struct fr_page_run run;
+        struct fr_page_scan scan = {
+            .size = sizeof scan, .start = (uintptr_t)start, .end = (uintptr_t)start + size,
+            .vec = (uintptr_t)&run, .vec_len = 1, .max_pages = 1,
+            .category_inverted = FR_PAGE_IS_FILE, .category_mask = FR_PAGE_IS_FILE,
+            .category_anyof_mask = FR_PAGE_IS_PRESENT | FR_PAGE_IS_SWAPPED, .return_mask = FR_PAGE_IS_FILE,
+        };
+        int found;
+        do
+            found = ioctl(fd, FR_PAGEMAP_SCAN, &scan);
+        while (found < 0 && errno == EINTR);
+        if (found >= 0)
+            return found > 0;
+    }
+    for (size_t page = 0, pages = size / FR_PAGE; fd >= 0;) {
+        uint64_t words[512];
+        size_t wanted = pages - page < 512 ? pages - page : 512;
+        ssize_t got = wanted ? pread(fd, words, wanted * 8, ((uintptr_t)start / FR_PAGE + page) * 8) : 0;
+        if (!wanted)
+            return 0;
+        if (got < 8)
+            break;
+        page += (size_t)got / 8;
+        for (size_t i = 0; i < (size_t)got / 8; i++)
+            if ((words[i] >> 62) && !(words[i] >> 61 & 1))
+                return 1;
+    }
+    return 1;
+}
+
 /* Make every page of a range private, with the bytes that it shows now; other threads may write there meanwhile. */
 static inline void fr_pages_make_private(char *start, size_t size)
 {
@@ -354,6 +389,29 @@ static inline int fr_leases_any(struct fr_leases *of, uint64_t offset, uint64_t 
         any = lease->start < of->base + offset + size && of->base + offset < lease->start + lease->size;
     pthread_mutex_unlock(&of->lock);
     return any;
+}
+
+/* Where bytes that belong to somebody's lease lie in the peer's memory, if they are still what the peer wrote: others may
+ * read them there as long as our bit is set. 0: they are not leased, or were written here. */
+static inline int fr_lease_find(struct fr_leases *of, const char *start, size_t size, uint64_t *offset, uint64_t *bytes,
+                                uint32_t *index)
+{
+    char *first = (char *)((uintptr_t)start & ~(uintptr_t)(FR_PAGE - 1));
+    char *end = (char *)(((uintptr_t)start + size + FR_PAGE - 1) & ~(uintptr_t)(FR_PAGE - 1));
+    int found = 0;
+    if (!of->base || start < of->base || start >= of->base + of->size)
+        return 0;
+    pthread_mutex_lock(&of->lock);
+    for (struct fr_lease *lease = of->closed || of->foreign ? NULL : of->living; lease && !found; lease = lease->next) {
+        if (lease->start <= first && end <= lease->start + lease->size && !lease->loose) {
+            *offset = (uint64_t)(lease->start - of->base);
+            *bytes = lease->size;
+            *index = lease->index;
+            found = 1;
+        }
+    }
+    pthread_mutex_unlock(&of->lock);
+    return found && !fr_pages_any_written(first, (size_t)(end - first));
 }
 
 /* ---- all of a process, for fork(): a child's copies must not change when the parent gives a block back */

@@ -150,7 +150,10 @@ cdef class Arena:
                 if not exactly:
                     self._files.add(file.start * FR_ARENA_PAGE, <uint64_t>file.pages * FR_ARENA_PAGE)
             except BaseException:
-                fr_file_forget(&self.blocks, file)
+                if self._files.has(file.start * FR_ARENA_PAGE):  # what was raised came from a signal's handler
+                    fr_file_open(&self.blocks, file)
+                else:
+                    fr_file_forget(&self.blocks, file)
                 raise
             fr_file_open(&self.blocks, file)
         return what

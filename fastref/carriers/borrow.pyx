@@ -8,13 +8,13 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memmove
+from libc.string cimport memcpy, memmove
 
-from fastref._core cimport (FR_FAILPOINT, Holder, failpoints, fr_exchange, fr_failpoints_here, fr_holder,
-                            fr_load_relaxed, fr_or)
+from fastref._core cimport (FR_FAILPOINT, FR_KEPT, FR_LOST, Holder, failpoints, fr_exchange, fr_failpoints_here,
+                            fr_fence_acquire, fr_holder, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_or)
 from fastref.carriers.warm cimport errands, fr_errands
 
-from fastref.errors import ProtocolError
+from fastref.errors import ProtocolError, ReferenceLost
 
 __all__ = ["Lease", "PeerArena"]
 
@@ -31,6 +31,7 @@ cdef extern from "fr_lease.h" nogil:
     bint fr_leases_begin(fr_leases*, fr_holder*, char*, size_t, fr_errands*, void (*)(void*) noexcept nogil,
                          void*)
     int fr_leases_any(fr_leases*, uint64_t, uint64_t)
+    bint fr_lease_find(fr_leases*, const char*, size_t, uint64_t*, uint64_t*, uint32_t*)
     void fr_leases_end(fr_leases*)
     void fr_leases_watch_forks()
 
@@ -166,6 +167,23 @@ cdef class PeerArena:
             free(self.leases)
         free(self.parts)
 
+    def belongs_to(self, rank: int, bits: int, generations: range, unannounced=None) -> None:
+        """Say whose it is, so that third workers can hand on what they have leased from it.
+
+        Parameters
+        ----------
+        rank, bits, generations
+            Of the owner, as in ``Peer``.
+        unannounced : buffer of 4 bytes or None
+            Where the owner says whether it has files that somebody was not told of yet.
+        """
+        cdef const unsigned char[::1] word
+        self.owner, self.bits = rank, bits
+        self.first_generation, self.generations = generations.start, len(generations)
+        if unannounced is not None:
+            word = unannounced
+            self._word, self.unannounced = memoryview(unannounced), <const uint32_t*>&word[0]
+
     def add_file(self, offset: int, size_bytes: int) -> None:
         """Note that a file is mapped from ``offset`` on.
 
@@ -264,6 +282,60 @@ cdef class PeerArena:
             Py_INCREF(self)
         lease.start, lease.size_bytes = <char*>(<fr_leases*>self.leases).base + offset, size_bytes
         return lease
+
+    # ---- blocks that a third worker hands on
+
+    cdef bint find(self, const char* start, uint64_t size_bytes, unsigned receiver, Place* place) noexcept nogil:
+        """Whether bytes here are leased from this arena, unwritten, and ``receiver`` can lease them too: then where they lie."""
+        cdef fr_leases* leases = <fr_leases*>self.leases
+        if leases == NULL or <int>receiver >= self.bits or self.unannounced != NULL and fr_load32_acquire(self.unannounced):
+            return False
+        if not fr_lease_find(leases, start, size_bytes, &place.offset, &place.size, &place.index):
+            return False
+        place.inner = start - (leases.base + place.offset)
+        place.generation = self._holder.h.held[place.index].generation  # held by the lease of what is sent
+        place.owner, place.unused = self.owner, 0
+        return True
+
+    cdef bint pin(self, const Place* place) noexcept:
+        """Hold a block that ``find`` has found, for a message."""
+        return self._holder.take(place.index, place.generation) == FR_KEPT
+
+    cdef int check_forwarded(self, const Place* place, uint64_t size_bytes) except -1:
+        if place.inner > place.size or size_bytes > place.size - place.inner or place.index >= self._holder.h.at.capacity:
+            raise ProtocolError(f"{size_bytes} bytes at {place.inner} of a block of {place.size} bytes with entry {place.index}")
+        if place.generation - self.first_generation >= self.generations:
+            raise ReferenceLost("memory that was handed on belonged to a worker that has left")
+        self.check(place.offset, place.size)
+        return 0
+
+    cdef Lease take_forwarded(self, const Place* place, uint32_t site):
+        """Lease a block that a third worker hands on, which pins it; None when it has to be copied."""
+        self.check_forwarded(place, 0)
+        if not self._holder.h.bit or fr_load32_acquire(&self._holder.h.at.descriptors[place.index].generation) != place.generation:
+            return None
+        return self.take(place.offset, place.size, place.index, place.generation, site)
+
+    cdef int copy_forwarded(self, const Place* place, uint64_t size_bytes, char* target) except -1:
+        """Copy bytes of a block that a third worker hands on.
+
+        Also when its owner is dead, or has been cut off and uses the block again: then the generation of its entry, which
+        we cannot hold any more, tells.
+        """
+        cdef const uint32_t* generation
+        cdef bint held
+        self.check_forwarded(place, size_bytes)
+        generation = &self._holder.h.at.descriptors[place.index].generation
+        held = self._holder.take_unpinned(place.index, place.generation) != FR_LOST
+        with nogil:
+            memcpy(target, self.base + place.offset + place.inner, size_bytes)
+        fr_fence_acquire()  # SYNC: the bytes before the generation; pairs with the owner's new generation before new bytes
+        lost = fr_load32_relaxed(<uint32_t*>generation) != place.generation
+        if held:
+            self._holder.drop_block(place.index)
+        if lost:
+            raise ReferenceLost("memory that was handed on is not held for this worker any more")
+        return 0
 
     def view(self, offset: int, size_bytes: int) -> memoryview:
         """Return a read-only view of a block.

@@ -7,6 +7,7 @@ from typing_extensions import Buffer
 __all__ = ["BELL_BYTES", "MAX_PEERS", "Channel", "Inbox"]
 
 BELL_BYTES: int
+BELL_UNANNOUNCED: slice
 MAX_PEERS: int
 
 class Channel:

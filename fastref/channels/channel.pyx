@@ -25,6 +25,7 @@ cdef extern from *:
 __all__ = ["Channel", "Inbox", "BELL_BYTES", "MAX_PEERS"]
 
 BELL_BYTES = 192
+BELL_UNANNOUNCED = slice(68, 72)    # of these bytes, the word in which a receiver says whom it has still to tell of memory
 MAX_PEERS = FR_MAX_PEERS
 
 cdef enum:

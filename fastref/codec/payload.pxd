@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from fastref.carriers.borrow cimport Lease
+from fastref.carriers.borrow cimport Lease, PeerArena, Place
 
 
 cdef extern from "fr_gather.h" nogil:
@@ -33,6 +33,9 @@ cdef class Encoder:
     cdef uint64_t largest_in_place  # of the segments that the receiver can use where they lie
     cdef list references            # RRefs met, in the order of their numbers
     cdef list blocks                # blocks for sharing, which the receiver has to be handed
+    cdef list arenas                # of which the receiver may be handed blocks that we have leased; None: of none
+    cdef unsigned receiver          # its rank
+    cdef list forwarded             # (arena, place as bytes) of the blocks that it is handed
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
     cdef unsigned seen_count, containers
@@ -45,6 +48,7 @@ cdef class Encoder:
     cdef int tag32(self, char tag, uint32_t number) except -1
     cdef int segment(self, const char* start, uint64_t size, const fr_gather* plan, bint in_place,
                      object keep) except -1
+    cdef bint forward(self, const char* start, uint64_t size, Place* place) except -1
     cdef bint is_apart(self, const char* start, uint64_t size) except -1
     cdef bint first_meeting(self, object value) noexcept
     cdef uint64_t total(self) noexcept nogil
@@ -57,8 +61,13 @@ cdef class Decoder:
     cdef const char* end
     cdef list references
     cdef Lease lease                # of the block that the payload lies in, if there is one: large buffers stay there
+    cdef list arenas                # by rank, of blocks that third workers hand on; None: there are none
+    cdef dict taken                 # leases of such blocks that this payload has met
+    cdef uint32_t site              # of their use
     cdef uint64_t claimed           # elements of all containers so far
 
     cdef const char* take(self, uint64_t size) except NULL
     cdef const char* aligned(self, uint64_t size) except NULL
+    cdef PeerArena arena_of(self, const Place* place)
+    cdef Lease lease_of(self, const Place* place)
     cdef uint32_t number(self) except? 0xFFFFFFFF

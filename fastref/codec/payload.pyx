@@ -1,5 +1,6 @@
 """The buffer that payloads are written into, and the checked reader of one."""
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
@@ -20,7 +21,7 @@ cdef class Encoder:
     """A growing buffer; large tensors are remembered as segments and copied only once, to where they go."""
 
     def __cinit__(self):
-        self.references, self.blocks = [], []
+        self.references, self.blocks, self.forwarded = [], [], []
         self.kept = []
 
     def __dealloc__(self):
@@ -36,6 +37,9 @@ cdef class Encoder:
             self.references = []
         if self.blocks:
             self.blocks = []
+        if self.forwarded:
+            self.forwarded = []
+        self.arenas = None
         if self.kept:
             self.kept = []
         if self.room > 1 << 20:
@@ -111,6 +115,21 @@ cdef class Encoder:
         if self.size > done:
             memcpy(target, self.data + done, self.size - done)
 
+    cdef bint forward(self, const char* start, uint64_t size, Place* place) except -1:
+        """Whether the receiver can have bytes where they lie, in a block that we have leased: then where that is."""
+        cdef PeerArena arena
+        cdef bint found
+        for item in self.arenas:
+            if item is None:
+                continue
+            arena = <PeerArena>item
+            with nogil:
+                found = arena.find(start, size, self.receiver, place)
+            if found:
+                self.forwarded.append((arena, PyBytes_FromStringAndSize(<const char*>place, sizeof(Place))))
+                return True
+        return False
+
     cdef bint is_apart(self, const char* start, uint64_t size) except -1:
         """Remember the memory of a tensor; False when it shares some with another, or there are too many to remember."""
         cdef unsigned low = 0, high = self.span_count, middle
@@ -160,6 +179,24 @@ cdef class Decoder:
     cdef const char* aligned(self, uint64_t size) except NULL:
         self.take((ALIGNMENT - (self.at - self.start) % ALIGNMENT) % ALIGNMENT)
         return self.take(size)
+
+    cdef PeerArena arena_of(self, const Place* place):
+        arena = self.arenas[place.owner] if self.arenas is not None and place.owner < <size_t>len(self.arenas) else None
+        if arena is None:
+            raise ProtocolError(f"a payload points to memory of worker {place.owner}, whom nobody knows")
+        return <PeerArena>arena
+
+    cdef Lease lease_of(self, const Place* place):
+        """Lease a block that was handed on, once for all tensors in it; None when they have to be copied."""
+        cdef Lease lease
+        key = (place.owner, place.index, place.offset, place.size)
+        if self.taken is None:
+            self.taken = {}
+        elif key in self.taken:
+            return self.taken[key]
+        lease = self.arena_of(place).take_forwarded(place, self.site)
+        self.taken[key] = lease
+        return lease
 
     cdef uint32_t number(self) except? 0xFFFFFFFF:
         cdef uint32_t number

@@ -158,8 +158,8 @@ cdef object decode_value(Decoder decoder, int depth):
     if tag == c'f':
         memcpy(&real, decoder.take(8), 8)
         return PyFloat_FromDouble(real)
-    if tag == c'X':
-        return read_tensor(decoder)
+    if tag == c'X' or tag == c'Y':
+        return read_tensor(decoder, tag == c'Y')
     if tag == c'B':
         memcpy(&number, decoder.take(8), 8)
         if number < 0:

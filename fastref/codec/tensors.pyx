@@ -18,7 +18,7 @@ from libc.string cimport memcpy
 
 import torch
 
-from fastref.carriers.borrow cimport LEASE_FROM, drop_lease, fr_lease
+from fastref.carriers.borrow cimport LEASE_FROM, Lease, Place, drop_lease, fr_lease
 from fastref.carriers.warm cimport give_memory, take_memory
 from fastref.codec.payload cimport Decoder, Encoder, fr_gather
 from fastref.codec.sharing import shared_blocks_by_address
@@ -148,6 +148,8 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
     cdef fr_gather* plan = NULL
     cdef const char* data
     cdef char* at
+    cdef Place place
+    cdef bint is_forwarded
     cdef int i
     if tensor.layout is not strided or not tensor.is_cpu or tensor.is_neg() or tensor.is_conj():
         return False
@@ -193,13 +195,18 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
         capsule = (capsule, kept)
     header.code, header.bits, header.ndim = t.dtype.code, t.dtype.bits, t.ndim
     header.size = extent * item
+    is_forwarded = header.size >= LEASE_FROM and plan == NULL and encoder.arenas is not None \
+        and encoder.forward(data, header.size, &place)
     at = encoder.grow(1 + sizeof(TensorHeader) + t.ndim * (16 if header.flags & HAS_STRIDES else 8))
-    at[0] = c'X'
+    at[0] = c'Y' if is_forwarded else c'X'
     memcpy(at + 1, &header, sizeof(TensorHeader))
     memcpy(at + 1 + sizeof(TensorHeader), t.shape, t.ndim * 8)
     if header.flags & HAS_STRIDES:
         memcpy(at + 1 + sizeof(TensorHeader) + t.ndim * 8, strides, t.ndim * 8)
-    if header.size >= SEGMENT_FROM:
+    if is_forwarded:
+        encoder.raw(&place, sizeof(Place))
+        encoder.kept.append(capsule)  # our lease lasts until the block is pinned for the message
+    elif header.size >= SEGMENT_FROM:
         encoder.segment(data, header.size, plan, True, capsule)
     elif plan != NULL:
         fr_gather_copy(plan, 0, encoder.grow(header.size), data)
@@ -224,15 +231,20 @@ cdef bint is_made_here(uint64_t address) noexcept nogil:
     return fr_address_has(<void*>address)
 
 
-cdef object read_tensor(Decoder decoder):
-    """Make a tensor from the next bytes: of its own memory, or a large one where it lies, if that is leased."""
+cdef object read_tensor(Decoder decoder, bint is_forwarded):
+    """Make a tensor from the next bytes: of its own memory, or a large one where it lies, if that is leased.
+
+    ``is_forwarded``: it lies in a block of another worker than the sender.
+    """
+    cdef Place place
+    cdef Lease lease = decoder.lease
     cdef TensorHeader header
     cdef int64_t[MOST_DIMENSIONS] shape, strides
     cdef uint64_t elements = 1, span = 1, extent, size
     cdef int freed = 0
     cdef fr_dl_whole* whole
     cdef fr_dl_managed* managed
-    cdef const char* data
+    cdef const char* data = NULL
     cdef bint leased = False
     cdef int64_t* sizes
     cdef int i
@@ -257,8 +269,16 @@ cdef object read_tensor(Decoder decoder):
             extent += (shape[i] - 1) * strides[i]
     if extent * (header.bits // 8) != header.size:
         raise ProtocolError(f"a tensor over {extent} elements of {header.bits} bits in {header.size} bytes")
-    data = decoder.aligned(header.size) if header.size >= SEGMENT_FROM else decoder.take(header.size)
-    leased = decoder.lease is not None and header.size >= LEASE_FROM
+    if is_forwarded:
+        memcpy(&place, decoder.take(sizeof(Place)), sizeof(Place))
+        lease = decoder.lease_of(&place)
+        if lease is not None:
+            if place.inner > lease.size_bytes or header.size > lease.size_bytes - place.inner:
+                raise ProtocolError(f"a tensor of {header.size} bytes at {place.inner} of a block of {lease.size_bytes}")
+            data = lease.start + place.inner
+    else:
+        data = decoder.aligned(header.size) if header.size >= SEGMENT_FROM else decoder.take(header.size)
+    leased = lease is not None and header.size >= LEASE_FROM
     size = ROOM_FOR_HEADER + (0 if leased else header.size)
     whole = <fr_dl_whole*>take_memory(size)
     if whole == NULL:
@@ -281,10 +301,16 @@ cdef object read_tensor(Decoder decoder):
     whole.lease = NULL
     if leased:
         managed.tensor.data = <void*>data
-        whole.lease = decoder.lease.share()
+        whole.lease = lease.share()
     else:
         managed.tensor.data = <char*>whole + ROOM_FOR_HEADER
-        if header.size > RELEASE_FROM:
+        if is_forwarded:
+            try:
+                decoder.arena_of(&place).copy_forwarded(&place, header.size, <char*>managed.tensor.data)
+            except BaseException:
+                give_memory(whole, size)
+                raise
+        elif header.size > RELEASE_FROM:
             with nogil:
                 memcpy(managed.tensor.data, data, header.size)
         else:

@@ -53,6 +53,7 @@ Segments = Mapping[str, tuple[int, int]]
 """Label -> (descriptor, size in bytes)."""
 
 _BACKLOG = 4096
+POST = "post"  # the number of a message that was posted
 _READ_AHEAD_S = 1.0  # what is awaited there was sent before; a peer that lies costs so much, once
 _READ_AHEAD_STEP_S = 0.005
 
@@ -182,6 +183,7 @@ class Link(Connection):
         self._reading, self._posting = threading.RLock(), threading.RLock()
         self._set_aside: deque[Message] = deque()
         self._posts: deque[tuple[str, Mapping[str, Any], Segments | None]] = deque()
+        self._posted = self._handled = 0
 
     def send_message(
         self,
@@ -224,7 +226,8 @@ class Link(Connection):
             The peer is gone.
         """
         with self._posting:
-            self._posts.append((kind, body, descriptors))
+            self._posted += 1
+            self._posts.append((kind, {**body, POST: self._posted}, descriptors))
             return self.flush_posts()
 
     def flush_posts(self) -> bool:
@@ -241,7 +244,7 @@ class Link(Connection):
                     self.send_message(*self._posts[0])
                 except (CallTimeout, ResourceError):  # no room; or too many descriptors are on their way to it
                     return False
-                self._posts.popleft()
+                self._posts.popleft()  # a signal handler may raise before this: its number tells that it comes twice
         return True
 
     @property
@@ -258,7 +261,7 @@ class Link(Connection):
                 message = super().receive_message()
                 if message is None or message.kind not in self.handlers:
                     return message
-                self.handlers[message.kind](message)
+                self._handle(message)
 
     def read_ahead(self, enough: Callable[[], bool]) -> None:
         """Act on messages that have a handler until ``enough()``; set the others aside for ``receive_message``.
@@ -277,6 +280,15 @@ class Link(Connection):
             poller.register(self.pidfd, select.POLLIN)  # who reads the socket may be another thread
             poller.poll(_READ_AHEAD_STEP_S * 1e3)
 
+    def _handle(self, message: Message) -> None:
+        number = message.body.get(POST)
+        if isinstance(number, int):
+            if number <= self._handled:
+                message.close()
+                return
+            self._handled = number
+        self.handlers[message.kind](message)
+
     def _read_waiting(self) -> None:
         while self.fileno() >= 0:
             try:
@@ -286,7 +298,7 @@ class Link(Connection):
             if message is None:
                 return
             if message.kind in self.handlers:
-                self.handlers[message.kind](message)
+                self._handle(message)
             else:
                 self._set_aside.append(message)
 

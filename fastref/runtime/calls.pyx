@@ -135,6 +135,7 @@ cdef class Caller(Publisher):
         memset(head, 0, sizeof(fr_frame))
         head.slot = NO_SLOT
         head.call = self.new_call()
+        body.arenas, body.receiver = self.arenas, peer.rank
         if target is not None:
             body.references.append(target)
             head.callable = <uint32_t>hash(method) ^ target.fork.index

@@ -136,6 +136,7 @@ cdef class Executor(ReferenceCaller):
             self.settle_value(rref.owned, rref.fork.index, None)
             return None
         body = self.encoder()
+        body.arenas, body.receiver = self.arenas, job.peer.rank
         flags[0] = self.encode_any(body, job.body, job.peer.shares_main)
         return body
 
@@ -321,7 +322,7 @@ cdef class Executor(ReferenceCaller):
         cdef fr_block block
         if fr_load32_acquire(&job.peer.died):
             return 0
-        if job.head.slot != NO_SLOT and not body.references and not body.blocks:
+        if job.head.slot != NO_SLOT and not (body.references or body.blocks or body.forwarded):
             if size > FR_SLOT_ROOM:
                 try:
                     if self.lend(job.peer, body, size, &block):

@@ -83,8 +83,10 @@ class OwnFiles:
         self.private = reserve_private(self.span_bytes)
         self._fds: dict[int, tuple[int, int]] = {}
         self._links: dict[int, Link] = {}
+        self._told: dict[int, set[int]] = {}  # rank -> the files that it was told of
         self._arena: Arena | None = None
         self._own: PeerArena | None = None
+        self._word: memoryview | None = None
         self._case: tuple[int, int, set[int]] | None = None  # the file being given back; who has not unmapped it yet
         self._finishing = threading.RLock()  # as those of Link: a destructor may run at any line
         self.add(0, self.first_bytes)
@@ -105,15 +107,24 @@ class OwnFiles:
             # Peers can never map it writable; this process's own mapping is older than the seal.
             seal(fd, future_write=True)
             if self._own is not None:
+                if self._own.covers(offset, size_bytes):
+                    self._own.remove_file(offset)  # a signal handler raised here before
                 self._own.add_file(offset, size_bytes)
+            if self._arena is not None:
+                self._say_unannounced(1)
         except BaseException:
             os.close(fd)
             raise
-        self._fds[offset] = (fd, size_bytes)
+        self._fds[offset] = (fd, size_bytes)  # from here on it exists, and peers will be told whatever is raised
         failpoint("file.made")
-        for link in list(self._links.values()):
-            self._announce(link, offset)
+        for rank, link in list(self._links.items()):
+            self._tell(rank, link)
+        self.count_unannounced()
         failpoint("file.announced")
+
+    def has(self, offset: int) -> bool:
+        """Whether there is a file, made to the end."""
+        return offset in self._fds
 
     def _map(self, fd: int, offset: int, size_bytes: int) -> None:
         try:
@@ -138,8 +149,12 @@ class OwnFiles:
         """Descriptor and size of the file that every peer is handed with the link."""
         return self._fds[0]
 
-    def serve(self, arena: Arena, holder: Holder) -> PeerArena:
-        """Be the files of ``arena``; returns what this process reads of itself."""
+    def serve(self, arena: Arena, holder: Holder, unannounced: memoryview) -> PeerArena:
+        """Be the files of ``arena``; returns what this process reads of itself.
+
+        ``unannounced``: four bytes that peers can read, for how many of them have to be told more.
+        """
+        self._word = unannounced.cast("I")
         self._own = PeerArena(self.shared, self.private, holder, lambda enough: None)
         self._own.add_file(0, self.first_bytes)
         self._arena = arena
@@ -150,14 +165,15 @@ class OwnFiles:
         assert self._arena is not None
         link.handlers[DROPPED] = functools.partial(self._dropped, rank)
         with self._arena.growing:
+            self._told[rank] = set()
             self._links[rank] = link
-            for offset in sorted(self._fds):
-                if offset and (self._case is None or offset != self._case[0]):
-                    self._announce(link, offset)
+            self._tell(rank, link)
+            self.count_unannounced()
 
     def forget(self, rank: int) -> None:
         """Count no more on a peer that has died."""
         self._links.pop(rank, None)
+        self._told.pop(rank, None)
         case = self._case
         if case is not None:
             case[2].discard(rank)
@@ -166,22 +182,42 @@ class OwnFiles:
     def knows_all(self, rank: int) -> bool:
         """Whether a peer has been sent all that there is to know; tries to."""
         link = self._links.get(rank)
-        return link is None or link.flush_posts()
+        if link is None:
+            return True
+        if self._untold(rank):
+            assert self._arena is not None
+            with self._arena.growing:
+                self._tell(rank, link)
+        return link.flush_posts()
 
-    def _announce(self, link: Link, offset: int) -> None:
-        self._post(link, FILE, offset, {"file": self._fds[offset]})
+    def _untold(self, rank: int) -> list[int]:
+        """Return the files, but the first one and one that is being given back, that a peer has not been told of."""
+        told, case = self._told.get(rank, self._fds), self._case
+        return [offset for offset in sorted(self._fds) if offset and offset not in told and not (case and case[0] == offset)]
+
+    def _tell(self, rank: int, link: Link) -> None:
+        """Tell a peer of files. A signal handler may raise here at any time: then it is told twice of one."""
+        for offset in self._untold(rank):
+            self._post(link, FILE, offset, {"file": self._fds[offset]})
+            told = self._told.get(rank)
+            if told is not None:  # it has not died
+                told.add(offset)
 
     def _post(self, link: Link, kind: str, offset: int, descriptors: dict[str, tuple[int, int]] | None = None) -> None:
         try:
-            if not link.post_message(kind, {"offset": offset}, descriptors):
-                self.count_unannounced()
+            link.post_message(kind, {"offset": offset}, descriptors)
         except PeerError:
             pass  # its end will be noticed by who watches it
 
     def count_unannounced(self) -> None:
         """Note how many peers have to be told more when they have read what they were told before."""
         if self._arena is not None:
-            self._arena.unannounced = sum(link.is_behind for link in list(self._links.values()))
+            links = list(self._links.items())
+            self._say_unannounced(sum(link.is_behind or bool(self._untold(rank)) for rank, link in links))
+
+    def _say_unannounced(self, count: int) -> None:
+        assert self._arena is not None and self._word is not None
+        self._arena.unannounced = self._word[0] = count
 
     # ---- giving back
 
@@ -189,9 +225,9 @@ class OwnFiles:
         """Send what peers had no room for, and give back what is idle; on one thread."""
         assert self._arena is not None
         if self._arena.unannounced:
-            for link in list(self._links.values()):
+            for rank in list(self._links):
                 try:
-                    link.flush_posts()
+                    self.knows_all(rank)
                 except PeerError:
                     pass  # as above
             self.count_unannounced()
@@ -234,7 +270,8 @@ class OwnFiles:
         found = self._arena.retire(int(now_s * 1e9), int(idle_s * 1e9))
         if found is None:
             return False
-        offset, waiting = found[0], set(self._links)
+        offset = found[0]
+        waiting = {rank for rank, told in list(self._told.items()) if offset in told}
         self._case = (*found, waiting)
         failpoint("file.retired")
         for rank in sorted(waiting):
@@ -243,6 +280,7 @@ class OwnFiles:
                 waiting.discard(rank)
             else:
                 self._post(link, DROP, offset)
+        self.count_unannounced()
         failpoint("file.asked_back")
         return True
 
@@ -263,6 +301,8 @@ class OwnFiles:
             self.shared.clear(offset, size_bytes)
             if self.private is not None:
                 self.private.clear(offset, size_bytes)
+            for told in list(self._told.values()):
+                told.discard(offset)
             os.close(self._fds.pop(offset)[0])
             self._arena.forget(offset)  # from here on another may be made there
             self._case = None
@@ -293,6 +333,7 @@ class PeerFiles:
         self.shared = reserve(span_bytes, writable=False)
         self.private = reserve_private(span_bytes)
         self._link = link
+        self._inodes: dict[int, int] = {}  # where a file begins -> which one it is
         self._arena: PeerArena | None = None
 
     def open(self, holder: Holder) -> PeerArena:
@@ -327,6 +368,10 @@ class PeerFiles:
             if not cannot_shrink(fd):
                 raise ProtocolError("it is no memory file that keeps its size")
             check_size(fd, size_bytes)
+            inode = os.fstat(fd).st_ino
+            if offset and self._inodes.get(offset) == inode:
+                return  # told twice, see OwnFiles._tell
+            self._inodes[offset] = inode
             self.shared.place(fd, offset, size_bytes)
             if self.private is not None:
                 self.private.place(fd, offset, size_bytes)
@@ -341,6 +386,7 @@ class PeerFiles:
         assert self._arena is not None
         message.close()
         offset = read_integer(message.body, "offset")
+        self._inodes.pop(offset, None)
         size_bytes = self._arena.remove_file(offset)
         self.shared.clear(offset, size_bytes)
         if self.private is not None:

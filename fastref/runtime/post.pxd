@@ -40,6 +40,7 @@ cdef fr_thread* this_thread() noexcept nogil
 cdef class Post(Wiring):
     cdef readonly list peers            # by rank; None where nobody is
     cdef readonly list ranks            # by rank, who may be called; None for others
+    cdef list arenas                    # by rank, theirs
     cdef dict names                     # by name, likewise
     cdef readonly Inbox inbox
     cdef readonly ResponseSlots slots
@@ -53,6 +54,7 @@ cdef class Post(Wiring):
     cdef public int64_t slice_ns        # longest sleep on a futex; -1 only in tests
     cdef public object owned            # list: index of the entry -> OwnedValue
     cdef public uint64_t calls_sent
+    cdef public uint64_t blocks_forwarded
 
     cdef Encoder encoder(self)
     cdef void encoder_done(self, Encoder encoder) noexcept
@@ -69,11 +71,13 @@ cdef class Post(Wiring):
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 int64_t deadline_ns) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
+    cdef int _pin_forwarded(self, list forwarded, list pinned) except -1
     cdef tuple open_entry(self)
     cdef int share(self, RRef rref) except -1
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1
     cdef int drain_while_waiting(self) except -1
     cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
+    cdef object decode_forwarded(self, const char* payload, uint64_t size, list references, Lease lease, uint32_t site)
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease)
     cdef object raise_timeout(self, Peer peer, what, double timeout_s)

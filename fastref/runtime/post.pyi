@@ -18,6 +18,7 @@ class Post(Wiring):
     slice_ns: int
     owned: list[OwnedValue | None]
     calls_sent: int
+    blocks_forwarded: int
 
     def __init__(
         self,

@@ -1,19 +1,19 @@
 """Frames out: references, payloads, blocks, full rings."""
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_relaxed, fr_failpoints_here, fr_fork,
                             fr_load32_acquire, fr_now_ns)
 from fastref.carriers.arena cimport FR_ARENA_PAGE
-from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease
+from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease, PeerArena, Place
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
                                  RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.carriers.warm import WarmBuffer
@@ -60,7 +60,9 @@ cdef class Post(Wiring):
 
     def __init__(self, rank: int, info, peers: list, inbox, slots, arena, table, ids, default_timeout_s: float):
         self.rank, self.info = rank, info
-        self.peers = peers
+        self.peers, self.arenas = peers, []
+        for peer in peers:
+            self.add_arena(peer)
         self.names, self.ranks = {}, []
         self.inbox, self.slots, self.arena, self.table, self.ids = inbox, slots, arena, table, ids
         self.default_timeout_s = default_timeout_s
@@ -75,6 +77,12 @@ cdef class Post(Wiring):
             self.peers.append(None)
             self.ranks.append(None)
         self.peers[peer.rank] = peer
+        self.add_arena(peer)
+
+    def add_arena(self, peer: Peer) -> None:
+        while len(self.arenas) <= peer.rank:
+            self.arenas.append(None)
+        self.arenas[peer.rank] = peer.arena
 
     def dismiss(self, peer: Peer) -> None:
         """Let a worker be called no more by name and rank, unless another has them by now."""
@@ -180,6 +188,11 @@ cdef class Post(Wiring):
                 self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, forks, pinned)
                 FR_FAILPOINT("fork.reserved")
                 head.references, head.forks_size = len(body.references), forks.size
+            if body is not None and body.forwarded:
+                if pinned is None:
+                    pinned = []
+                self._pin_forwarded(body.forwarded, pinned)
+                head.flags |= FLAG_FORWARDED
             if body is not None and body.blocks:
                 handed = True
                 self.hand_blocks(peer, body.blocks)
@@ -438,6 +451,18 @@ cdef class Post(Wiring):
     def unfork_abroad(self, child) -> None:
         raise NotImplementedError
 
+    cdef int _pin_forwarded(self, list forwarded, list pinned) except -1:
+        """Hold the blocks of others that a frame points to, for its receiver."""
+        cdef PeerArena arena
+        cdef const Place* place
+        for item, encoded in forwarded:
+            arena, place = <PeerArena>item, <const Place*>PyBytes_AS_STRING(<bytes>encoded)
+            if not arena.pin(place):
+                raise ProtocolError(f"entry {place.index} of worker {place.owner} is leased, but not held")
+            pinned.append((arena._holder, place.index, None))
+            self.blocks_forwarded += 1
+        return 0
+
     def _unpin(self, peer, pinned: list) -> None:
         for holder, index, child in pinned:
             if child is not None:
@@ -531,7 +556,7 @@ cdef class Post(Wiring):
         """Append a value; returns the flags that say how."""
         cdef uint64_t size = body.size
         cdef unsigned segments = body.segment_count
-        cdef Py_ssize_t references = len(body.references)
+        cdef Py_ssize_t references = len(body.references), forwarded = len(body.forwarded)
         if encode_value(body, value, 0):
             return 0
         while body.segment_count > segments:  # forget what was written of this value
@@ -539,6 +564,7 @@ cdef class Post(Wiring):
             body.segment_bytes -= body.segments[body.segment_count].size
         body.size = size
         del body.references[references:]
+        del body.forwarded[forwarded:]
         self.encode_pickled(body, value, shares_main)
         return FLAG_PICKLED
 
@@ -560,6 +586,14 @@ cdef class Post(Wiring):
                 bytes_of = buffer
                 body.segment(<const char*>&bytes_of[0], buffer.nbytes, NULL, True, buffer)
         return 0
+
+    cdef object decode_forwarded(self, const char* payload, uint64_t size, list references, Lease lease, uint32_t site):
+        """As ``decode_any``, of a payload of which parts lie in memory of others. The sender still holds them."""
+        cdef Decoder decoder = Decoder.__new__(Decoder)
+        decoder.start = decoder.at = payload
+        decoder.end = payload + size
+        decoder.references, decoder.lease, decoder.arenas, decoder.site = references, lease, self.arenas, site
+        return decode_value(decoder, 0)
 
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease):
         """Read what ``encode_any`` wrote; ``lease``: of the block that it lies in, if it has one."""

@@ -17,7 +17,7 @@ from typing import Any
 from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
 from fastref._version import __version__
 from fastref.carriers.warm import warm_figures
-from fastref.channels.channel import MAX_PEERS, Inbox
+from fastref.channels.channel import BELL_UNANNOUNCED, MAX_PEERS, Inbox
 from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel
 from fastref.channels.slots import PeerSlots, ResponseSlots
@@ -278,11 +278,13 @@ class Runtime(GroupKeeper):
         """Meet all who are linked, serve them, and greet them; returns them."""
         memory, record = self._memory, self.record
         assert memory is not None and self._listener is not None
+        generations = range(self.table.first_generation, self.table.generation_limit)
+        arena = memory.files.serve(self.arena, self.table.holder, memory.bell[BELL_UNANNOUNCED])
+        arena.belongs_to(self.rank, self.bits, generations)
         myself = Peer(
             self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
             PeerSlots(memory.slots, SLOTS), self.table.holder,
-            memory.files.serve(self.arena, self.table.holder), self.bits,
-            record.incarnation, range(self.table.first_generation, self.table.generation_limit),
+            arena, self.bits, record.incarnation, generations,
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
@@ -333,10 +335,12 @@ class Runtime(GroupKeeper):
         bit = self.rank if self.rank < theirs.bits else None
         holder = Holder(theirs.hold, theirs.descriptors, theirs.capacity, bit, theirs.bell)
         generations = range(0xFFFFFFFF) if record.world_size else generations_of(record.incarnation)
+        arena = theirs.files.open(holder)
+        arena.belongs_to(record.rank, theirs.bits, generations, theirs.bell[BELL_UNANNOUNCED])
         return Peer(
             record.rank, WorkerInfo(record.name, record.rank), record.pid,
             ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank), PeerSlots(theirs.slots, theirs.slot_count),
-            holder, theirs.files.open(holder), theirs.bits, record.incarnation, generations,
+            holder, arena, theirs.bits, record.incarnation, generations,
         )  # fmt: skip
 
     # ---- what the room below asks for
@@ -579,7 +583,7 @@ class Runtime(GroupKeeper):
                 "pending": self.calls_pending, "sent": self.calls_sent, "served": self.calls_served,
                 "running": self.running, "threads": self.threads, "parked": self.parked,
                 "fetched_directly": self.fetched_directly, "fetched_by_message": self.fetched_by_message,
-                "values_published": self.values_published,
+                "forwarded": self.blocks_forwarded, "values_published": self.values_published,
                 "values_withdrawn": self.values_withdrawn,
             },
             "slots": self.slots.snapshot(),

@@ -24,7 +24,7 @@ from fastref.runtime.calls cimport Pending
 from fastref.runtime.execute cimport Executor, Job
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport fr_thread, this_thread
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_PICKLED, INTERN, NO_SLOT,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, INTERN, NO_SLOT,
                                  PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block, fr_frame, next_fork,
                                  parse_frame)
 
@@ -346,7 +346,8 @@ cdef class Server(Executor):
                 view.forks, view.payload = payload, payload + view.head.block_forks
                 payload, size = view.payload, size - view.head.block_forks
         lost = self.take_references(&view, peer, references) if view.head.references else 0
-        self.inbox.acquired()
+        if not view.head.flags & FLAG_FORWARDED:  # else its sender holds what it points to until the record is done with
+            self.inbox.acquired()
         FR_FAILPOINT("fork.received")
         if view.head.kind > RREF_FETCH_CALL:
             data = PyBytes_FromStringAndSize(payload, size)
@@ -365,6 +366,8 @@ cdef class Server(Executor):
                 if lease is None:
                     job.payload = PyBytes_FromStringAndSize(payload, size)
                 job.lease, job.start, job.size = lease, payload, size
+            elif view.head.flags & FLAG_FORWARDED:
+                job.body = self.decode_forwarded(payload, size, references, lease, self.site_of(&view.head))
             elif size:
                 job.body = self.decode_any(payload, size, view.head.flags, references, lease)
         except Exception as error:

@@ -30,6 +30,7 @@ cdef enum:
     FLAG_METHOD = 8      # the callable is a method of the first reference
     FLAG_FORKS_IN_BLOCK = 64  # the references lie in the block, before the payload
     FLAG_PUBLISHED = 128 # the answer to a fetch: the value can be read without its owner now; there is no payload
+    FLAG_FORWARDED = 256 # tensors of the payload lie in memory of others; it is read before the cursor moves
     FLAG_LOCAL = 32      # never on the wire: the answer lies in this process's own memory
 
     NO_SLOT = 0xFFFF
