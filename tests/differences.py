@@ -231,6 +231,21 @@ def a_signal_interrupts_a_call() -> None:
     rpc.rpc_sync("w1", set_event)
 
 
+@difference
+def an_operator_does_elsewhere_what_it_does_here() -> None:
+    assert torch.equal(rpc.rpc_sync("w1", torch.add, (1, 2)), torch.add(1, 2))
+    with pytest.raises(ValueError, match="math domain error"):
+        rpc.rpc_sync("w1", math.sqrt, (-1.0,))
+
+
+@difference
+def wrong_arguments_of_an_operator_are_noticed_where_it_runs() -> None:
+    future, rref = rpc.rpc_async("w1", torch.add, ("a", 1)), rpc.remote("w1", torch.add, ("a", 1))
+    for use in (future.wait, rref.to_here):
+        with pytest.raises(RuntimeError, match="torch operator invoked from Python failed to match any schema"):
+            use()
+
+
 # ---- timeouts
 
 

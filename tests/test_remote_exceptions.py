@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import subprocess
 from typing import Any
 
 import pytest
+import torch
 
 import fastref.rpc as rpc
 from fastref.errors import CallTimeout, FastrefError, RemoteError, UsageError
@@ -32,6 +34,31 @@ def raised_by(function: Any, *args: Any, to: str = "w1", **kwargs: Any) -> list[
         else:
             raise AssertionError(f"{function} returned")
     return caught
+
+
+@pytest.mark.parametrize(
+    ("operator", "args", "kwargs", "shown"),
+    [
+        (torch.add, ("a", 1), {}, "aten::add(str, int): add(): argument 'input' (position 1) must be Tensor, not str"),
+        (torch.add, (), {}, "aten::add(): add() received an invalid combination of arguments"),
+        (torch.neg, (), {"input": 5}, "aten::neg(input=int): neg(): argument 'input' must be Tensor, not int"),
+        (torch.nn.functional.linear, ([],), {}, "aten::linear(list): linear()"),
+        (math.sqrt, ("a",), {}, "aten::sqrt(str): must be real number, not str"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@in_job
+def test_wrong_arguments_of_an_operator_are_the_runtime_error_that_torch_raises(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shown: str
+) -> None:
+    for to in ("w1", "w0"):
+        for error in raised_by(operator, *args, to=to, **kwargs):
+            assert isinstance(error, RemoteError)
+            assert not isinstance(error, TypeError)
+            text = str(error.__cause__)
+            assert text.startswith("Overloaded torch operator invoked from Python failed to match any schema: " + shown)
+    for error in raised_by(len, 5):  # no operator
+        assert isinstance(error, TypeError)
 
 
 BUILT_IN = [

@@ -257,9 +257,14 @@ cdef class Executor(ReferenceCaller):
             try:
                 return func(*args, **(kwargs or {}))
             except TypeError as error:
-                if "invalid combination of arguments" in str(error) and _find_builtin(func):
-                    raise RuntimeError(f"Overloaded torch operator invoked from Python failed to match any schema: {error}") from error
-                raise
+                operator = _find_builtin(func)
+                if operator is None:
+                    raise
+                # torch runs these without the interpreter, and programs catch what it says of wrong arguments.
+                kinds = [type(value).__name__ for value in args]
+                kinds += [f"{name}={type(value).__name__}" for name, value in (kwargs or {}).items()]
+                raise RuntimeError("Overloaded torch operator invoked from Python failed to match any schema: "
+                                   f"{operator}({', '.join(kinds)}): {error}") from error
         if kwargs is None:
             return func(*args)
         return func(*args, **kwargs)
