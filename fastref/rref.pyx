@@ -283,6 +283,11 @@ cdef class RRef:
         """Return a proxy: its methods run where the value lives, and return an RRef to the result."""
         return _proxy(self, timeout, HOW_REMOTE)
 
+    def backward(self, dist_autograd_ctx_id: int = -1, retain_graph: bool = False) -> None:
+        """Raise ``UsageError``: distributed autograd is not there yet."""
+        raise UsageError("fastref does not have RRef.backward: distributed autograd comes with a later version; until then "
+                         "call a function on the owner that computes the gradients there")
+
     def rref_id(self) -> GloballyUniqueId:
         """Name of the reference in the whole job."""
         return GloballyUniqueId(self.fork.rref_created_on, self.fork.rref_local)
