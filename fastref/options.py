@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from dataclasses import dataclass
+from typing import SupportsFloat, SupportsIndex
 
 from fastref.errors import UsageError
 
@@ -17,6 +19,7 @@ INIT_METHOD_VARIABLE = "FASTREF_INIT_METHOD"  # set by fastref.spawn in its chil
 DEFAULT_NUM_WORKER_THREADS = 16
 UNSET_RPC_TIMEOUT: float = -1.0
 
+_AS_TORCH = "__init__(): incompatible constructor arguments: "  # how torch's begin, and what programs look for
 _NAME = re.compile(r"[A-Za-z0-9-_:]*")
 _SIZE = re.compile(r"([0-9]{1,18})([KMG]?)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -35,6 +38,8 @@ class WorkerInfo:
 
     Raises
     ------
+    TypeError
+        When the name is no string or the rank no integer.
     UsageError
         When no worker may be called so.
     """
@@ -43,7 +48,10 @@ class WorkerInfo:
     id: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.id, SupportsIndex):
+            raise TypeError(f"{_AS_TORCH}WorkerInfo(name: str, id: int), got {self.name!r}, {self.id!r}")
         check_worker_name(self.name)
+        object.__setattr__(self, "id", operator.index(self.id))
 
     def __hash__(self) -> int:
         return self.id
@@ -95,6 +103,8 @@ class RpcBackendOptions:
 
     Raises
     ------
+    TypeError
+        When ``rpc_timeout`` or ``num_worker_threads`` is no number, or ``init_method`` no string.
     UsageError
         When a value is out of range.
     """
@@ -112,13 +122,14 @@ class RpcBackendOptions:
         arena_limit: int | None = None,
         switch_interval: float | None = None,
     ) -> None:
-        if isinstance(rpc_timeout, bool) or not isinstance(rpc_timeout, (int, float)) or rpc_timeout < 0:
-            raise UsageError(f"rpc_timeout is a number of seconds, 0 for ever, got {rpc_timeout!r}")
+        timeout_s = _seconds(rpc_timeout)
         if init_method is None:
             init_method = os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)
         if not isinstance(init_method, str):
-            raise UsageError(f"init_method is a string such as env://, got {init_method!r}")
-        if not isinstance(num_worker_threads, int) or num_worker_threads < 1:
+            raise TypeError(f"{_AS_TORCH}init_method is a string such as env://, got {init_method!r}")
+        if not isinstance(num_worker_threads, SupportsIndex):
+            raise TypeError(f"{_AS_TORCH}num_worker_threads is a number, got {num_worker_threads!r}")
+        if operator.index(num_worker_threads) < 1:
             raise UsageError(f"num_worker_threads is at least 1, got {num_worker_threads!r}")
         if not 0 <= table_bits <= 61:
             raise UsageError(f"table_bits is 0 to 61, got {table_bits!r}")
@@ -128,13 +139,23 @@ class RpcBackendOptions:
             arena_limit = _size_in_environment(ARENA_LIMIT_VARIABLE)
         if arena_limit is not None and arena_limit < 0:
             raise UsageError(f"arena_limit is a number of bytes, got {arena_limit!r}")
-        self.rpc_timeout = float(rpc_timeout)
+        self.rpc_timeout = timeout_s
         self.init_method = init_method
-        self.num_worker_threads = num_worker_threads
+        self.num_worker_threads = operator.index(num_worker_threads)
         self.table_bits = table_bits
         self.table_capacity = table_capacity
         self.arena_limit = arena_limit
         self.switch_interval = switch_interval
+
+
+def _seconds(rpc_timeout: object) -> float:
+    """Return the seconds that a program means by whatever torch takes for a number: of numpy, or a tensor, too."""
+    if not isinstance(rpc_timeout, SupportsFloat | SupportsIndex):
+        raise TypeError(f"{_AS_TORCH}rpc_timeout is a number of seconds, got {rpc_timeout!r}")
+    timeout_s = float(rpc_timeout)
+    if not timeout_s >= 0:  # what is not a number is none of seconds either
+        raise UsageError(f"rpc_timeout is a number of seconds, 0 for ever, got {rpc_timeout!r}")
+    return timeout_s
 
 
 def _size_in_environment(variable: str) -> int | None:

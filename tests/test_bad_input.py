@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 from collections.abc import Callable
+from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,8 +86,8 @@ def test_options_and_backends_of_other_types_are_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"rpc_timeout": -1}, {"rpc_timeout": "1"}, {"rpc_timeout": True}, {"rpc_timeout": None}, {"init_method": 5}),
-        *({"num_worker_threads": 0}, {"num_worker_threads": 1.5}, {"table_bits": 62}, {"table_bits": -1}),
+        *({"rpc_timeout": -1}, {"rpc_timeout": math.nan}, {"rpc_timeout": -math.inf}, {"num_worker_threads": 0}),
+        *({"num_worker_threads": -1}, {"table_bits": 62}, {"table_bits": -1}),
         *({"table_capacity": 1}, {"table_capacity": 100}, {"table_capacity": 1 << 25}, {"arena_limit": -1}),
     ],
     ids=str,
@@ -91,6 +95,39 @@ def test_options_and_backends_of_other_types_are_refused() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(options))} is .*got {next(iter(options.values()))!r}"):
         rpc.RpcBackendOptions(**options)
+
+
+@pytest.mark.parametrize("fields", [("a", "b"), ("a", 1.0), ("a", None), (5, 5), (b"a", 1)], ids=str)
+def test_a_worker_info_has_a_name_and_a_rank(fields: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="incompatible constructor arguments"):
+        rpc.WorkerInfo(*fields)
+    for rank in (True, np.int64(1)):
+        assert repr(rpc.WorkerInfo("a", rank)) == "WorkerInfo(id=1, name=a)"
+
+
+@pytest.mark.parametrize("kind", [rpc.RpcBackendOptions, rpc.TensorPipeRpcBackendOptions])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"rpc_timeout": "1"}, {"rpc_timeout": b"1"}, {"rpc_timeout": None}, {"rpc_timeout": timedelta(seconds=1)}),
+        *({"rpc_timeout": 1j}, {"init_method": 5}, {"init_method": b"env://"}),
+        *({"num_worker_threads": "1"}, {"num_worker_threads": 1.5}, {"num_worker_threads": None}),
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_type_errors_as_torchs_are(kind: type, options: dict[str, Any]) -> None:
+    (name, value), *_ = options.items()
+    with pytest.raises(TypeError, match="incompatible constructor arguments") as caught:
+        kind(**options)
+    assert f": {name} is a " in str(caught.value)
+    assert str(caught.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("number", [5, np.float32(5), np.int64(5), torch.tensor(5.0), Fraction(5)], ids=repr)
+def test_a_timeout_may_be_a_number_of_any_library(number: Any) -> None:
+    options = rpc.RpcBackendOptions(rpc_timeout=number)
+    assert (options.rpc_timeout, type(options.rpc_timeout)) == (5.0, float)
+    assert type(rpc.RpcBackendOptions(num_worker_threads=np.int64(5)).num_worker_threads) is int
 
 
 @pytest.mark.parametrize("rank", ["0", 1.5, -2])

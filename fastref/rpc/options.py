@@ -31,8 +31,8 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
 
     Raises
     ------
-    TypeError
-        When ``rpc_timeout`` is no number.
+    TypeError, UsageError
+        As in ``RpcBackendOptions``.
     ValueError
         When a device map is not one to one, or ``devices`` has others than CUDA devices.
     """
@@ -49,11 +49,6 @@ class TensorPipeRpcBackendOptions(RpcBackendOptions):
         _channels: list[str] | None = None,
         **more: Any,
     ) -> None:
-        if isinstance(rpc_timeout, bool) or not isinstance(rpc_timeout, (int, float)):
-            raise TypeError(
-                "__init__(): incompatible constructor arguments: "
-                f"rpc_timeout is a number of seconds, got {rpc_timeout!r}"
-            )
         super().__init__(rpc_timeout, init_method, num_worker_threads=num_worker_threads, **more)
         self.device_maps = {to: _device_map(device_map) for to, device_map in (device_maps or {}).items()}
         self.devices: list[torch.device] = []
