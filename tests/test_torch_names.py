@@ -228,6 +228,7 @@ def test_the_counters_count_what_others_hold() -> None:
         time.sleep(0.01)
     agent = rpc._get_debug_info()
     assert {"agent.thread_pool_size", "agent.client_active_calls", "agent.server_active_async_calls"} <= set(agent)
+    assert {"num_autograd_contexts": 0, "num_current_backward_passes": 0}.items() <= agent.items()
 
 
 # ---- backends

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastref.rpc.agent import current_agent
 
 __all__ = ["_get_debug_info", "_rref_context_get_debug_info", "enable_gil_profiling"]
+
+# Of distributed autograd, which is not there yet: programs that read them find that nothing is under way.
+_AUTOGRAD = {"num_autograd_contexts": 0, "num_current_backward_passes": 0}
 
 
 def _rref_context_get_debug_info() -> dict[str, str]:
@@ -20,9 +25,9 @@ def _rref_context_get_debug_info() -> dict[str, str]:
     return {name: str(count) for name, count in current_agent()._runtime.reference_counts().items()}
 
 
-def _get_debug_info() -> dict[str, str]:
-    """Return all counters: of references, of the agent, of distributed autograd."""
-    return {**_rref_context_get_debug_info(), **current_agent().get_debug_info()}
+def _get_debug_info() -> dict[str, Any]:
+    """Return all counters: of references, of the agent, of distributed autograd; the last are numbers, as in torch."""
+    return {**_rref_context_get_debug_info(), **current_agent().get_debug_info(), **_AUTOGRAD}
 
 
 def enable_gil_profiling(flag: bool) -> None:
