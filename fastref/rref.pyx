@@ -10,6 +10,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from fastref._core cimport FR_KEPT, Holder, fr_fork
 
 import copy
+from types import GenericAlias
 
 from fastref._core import GloballyUniqueId
 from fastref.errors import ForkedProcessError, NotInitialized, UsageError
@@ -157,7 +158,9 @@ cdef class RRef:
         _current.new_local(self, value, type_hint)
 
     def __class_getitem__(cls, item):
-        return cls
+        if isinstance(item, tuple) and len(item) != 1:
+            raise TypeError(f"RRef has one type argument, the type of its value; got {len(item)}")
+        return GenericAlias(cls, item)
 
     def __dealloc__(self):
         # No message, no lock but the private one: drop a count, perhaps a bit, perhaps leave a note for the runtime.

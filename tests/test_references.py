@@ -12,7 +12,7 @@ import pickle
 import random
 import re
 import threading
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -104,8 +104,21 @@ def test_references_are_equal_only_to_themselves() -> None:
 
 @in_job
 def test_a_reference_can_be_annotated_with_its_type() -> None:
-    assert rpc.RRef[int] is not None
-    assert isinstance(rpc.RRef(1), rpc.RRef)
+    assert (get_origin(rpc.RRef[int]), get_args(rpc.RRef[int])) == (rpc.RRef, (int,))
+    assert rpc.RRef[int] == rpc.RRef[int] != rpc.RRef[str]
+    assert len({rpc.RRef[int], rpc.RRef[int], rpc.RRef[str]}) == 2
+    assert get_type_hints(annotated) == {"one": rpc.RRef[int], "return": rpc.RRef[list[int]] | None}
+    with pytest.raises(TypeError, match="one type argument, the type of its value; got 2"):
+        rpc.RRef[int, str]
+    rref = rpc.RRef[int](1)
+    assert type(rref) is rpc.RRef
+    assert rref.to_here() == 1
+    assert isinstance(rref, rpc.RRef)
+    with pytest.raises(TypeError):
+        isinstance(rref, rpc.RRef[int])
+
+
+def annotated(one: rpc.RRef[int]) -> rpc.RRef[list[int]] | None: ...
 
 
 # ---- handed on
