@@ -235,12 +235,16 @@ def test_the_counters_count_what_others_hold() -> None:
 
 
 def test_a_registered_backend_is_there_under_every_name_of_the_class() -> None:
-    known = rpc.BackendType
+    known, before = rpc.BackendType, len(rpc.BackendType)
     member = rpc.register_backend("ONE_MORE", lambda timeout, method, **more: (timeout, method), lambda **more: None)
     try:
         assert rpc.BackendType is known
         assert rpc.BackendType.ONE_MORE is rpc.BackendType["ONE_MORE"] is member
         assert rpc.BackendType.TENSORPIPE in list(rpc.BackendType)
+        assert list(reversed(rpc.BackendType)) == list(rpc.BackendType)[::-1]
+        assert rpc.BackendType(member.value) is member
+        assert len(rpc.BackendType) == before + 1
+        assert (member.name, member.value.init_backend_handler()) == ("ONE_MORE", None)
         assert isinstance(member, rpc.BackendType)
         assert repr(member) == "BackendType.ONE_MORE"
         assert pickle.loads(pickle.dumps(member)) is copy.deepcopy(member) is copy.copy(member) is member
@@ -255,6 +259,29 @@ def test_a_registered_backend_is_there_under_every_name_of_the_class() -> None:
         copy.copy(member)
     with pytest.raises(AttributeError):
         rpc.BackendType.ONE_MORE  # noqa: B018
+
+
+def test_backends_are_as_fixed_as_members_of_an_enum() -> None:
+    member = rpc.BackendType.TENSORPIPE
+    for change in (
+        lambda: setattr(member, "name", "x"),
+        lambda: setattr(member, "value", None),
+        lambda: setattr(rpc.BackendType, "TENSORPIPE", None),
+        lambda: delattr(rpc.BackendType, "TENSORPIPE"),
+    ):
+        with pytest.raises(AttributeError):
+            change()
+    assert rpc.BackendType.TENSORPIPE is member
+    assert member.name == "TENSORPIPE"
+    with pytest.raises(ValueError, match="'TENSORPIPE' is not a valid BackendType"):
+        rpc.BackendType("TENSORPIPE")
+
+
+@pytest.mark.parametrize(("name", "kind"), [(5, TypeError), (None, TypeError), ("", ValueError), ("mro", ValueError)])
+def test_a_backend_has_a_name_under_which_it_can_be_found(name: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"name.* {name!r}"):
+        rpc.register_backend(name, print, print)
+    assert not rpc.backend_registered(name)
 
 
 class OtherOptions(rpc.RpcBackendOptions):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fastref.errors import UsageError
 from fastref.options import DEFAULT_INIT_METHOD, DEFAULT_RPC_TIMEOUT_SEC
@@ -26,9 +26,15 @@ class BackendValue(NamedTuple):
 
 
 class _Registry(type):
-    """Members as attributes and by ``[name]``, like those of an enum, but one class for good however many come."""
+    """Members by attribute, ``[name]`` and value, like those of an enum, but one class for good however many come."""
 
     __members__: dict[str, BackendType]
+
+    def __call__(cls, value: BackendValue) -> BackendType:
+        for member in cls:
+            if member.value == value:
+                return member
+        raise ValueError(f"{value!r} is not a valid BackendType")
 
     def __getitem__(cls, name: str) -> BackendType:
         return cls.__members__[name]
@@ -39,8 +45,16 @@ class _Registry(type):
         except KeyError:
             raise AttributeError(f"no RPC backend {name}") from None
 
+    def __setattr__(cls, name: str, value: object) -> None:
+        if name in cls.__members__:
+            raise AttributeError(f"cannot reassign member {name!r}")
+        super().__setattr__(name, value)
+
     def __iter__(cls) -> Iterator[BackendType]:
         return iter(cls.__members__.values())
+
+    def __reversed__(cls) -> Iterator[BackendType]:
+        return reversed(cls.__members__.values())
 
     def __len__(cls) -> int:
         return len(cls.__members__)
@@ -51,8 +65,11 @@ class BackendType(metaclass=_Registry):
 
     __members__: dict[str, BackendType] = {}
 
-    def __init__(self, name: str, value: BackendValue) -> None:
-        self.name, self.value = name, value
+    name: str
+    value: BackendValue
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"cannot set {name!r} of {self!r}")
 
     def __repr__(self) -> str:
         return f"BackendType.{self.name}"
@@ -91,10 +108,18 @@ def register_backend(
     ------
     UsageError
         When there is one of that name.
+    TypeError, ValueError
+        For a name that is no string, and one by which ``BackendType`` could not have it.
     """
+    if not isinstance(backend_name, str):
+        raise TypeError(f"an RPC backend's name is a string, got {backend_name!r}")
     if backend_registered(backend_name):
         raise UsageError(f"RPC backend {backend_name}: already registered")
-    member = BackendType(backend_name, BackendValue(construct_rpc_backend_options_handler, init_backend_handler))
+    if not backend_name or hasattr(BackendType, backend_name):
+        raise ValueError(f"no RPC backend can have the name {backend_name!r}")
+    member = object.__new__(BackendType)
+    value = BackendValue(construct_rpc_backend_options_handler, init_backend_handler)
+    vars(member).update(name=backend_name, value=value)
     BackendType.__members__[backend_name] = member
     return member
 
