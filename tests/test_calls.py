@@ -56,6 +56,7 @@ def test_worker_infos_tell_name_and_rank() -> None:
     assert (info.name, info.id, repr(info)) == ("w1", 1, "WorkerInfo(id=1, name=w1)")
     assert hash(info) == 1
     assert rpc.rpc_sync(1, work.echo, args=(info,)) == info
+    assert rpc.rpc_sync(True, work.who_am_i) == rpc.get_worker_info(True).name == "w1"  # a bool is an int in Python
     assert rpc.rpc_sync(1, rpc.get_worker_info) == info
 
 

@@ -134,7 +134,7 @@ cdef class Post(Wiring):
             found = self.names.get(to)
         elif isinstance(to, WorkerInfo):
             found = self.names.get(to.name)
-        elif isinstance(to, int) and not isinstance(to, bool):
+        elif isinstance(to, int):
             if 0 <= to < len(self.ranks):
                 found = self.ranks[to]
         else:
