@@ -449,6 +449,13 @@ def a_job_may_be_joined_again_with_references_to_the_one_before_alive(rank: int,
 
 
 @whole_difference
+def workers_that_disagree_on_the_world_size_are_told_who_says_what(rank: int, meeting: str) -> None:
+    options = rpc.TensorPipeRpcBackendOptions(rpc_timeout=10, init_method=f"file://{meeting}")
+    with pytest.raises(RuntimeError, match="world_size: 'w1' .* says 3, 'w0' .* says 2"):
+        rpc.init_rpc(f"w{rank}", rank=rank, world_size=MEMBERS + rank, rpc_backend_options=options)
+
+
+@whole_difference
 def another_backend_does_not_hide_the_default_one(rank: int, meeting: str) -> None:
     rpc.backend_registry.register_backend("ANOTHER", lambda rpc_timeout, init_method: None, lambda **arguments: None)
     join(rank, meeting)
