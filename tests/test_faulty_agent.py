@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -201,10 +202,14 @@ def test_operators_and_script_functions_are_script_calls_and_all_others_python_c
                 rpc.rpc_sync("w1", function, (tensor,))
             with pytest.raises(PeerError, match=INTENTIONAL.format("SCRIPT_REMOTE_CALL", "w1")):
                 rpc.remote("w1", function, (tensor,)).to_here()
+        with pytest.raises(PeerError, match=INTENTIONAL.format("SCRIPT_CALL", "w1")):
+            rpc.rpc_sync("w1", math.sqrt, (4,))  # TorchScript has it as an operator
+        assert rpc.rpc_sync("w1", abs, (-4,)) == 4
+        assert torch.equal(rpc.rpc_sync("w1", torch.nn.functional.relu, (tensor,)), tensor)
         assert rpc.rpc_sync("w1", work.add, (1, 2)) == 3
         assert counter.rpc_sync().get() == 5
         assert rpc.remote("w1", work.add, (1, 2)).to_here() == 3
-        assert plan.counts()["failed"] == {"SCRIPT_CALL": 2, "SCRIPT_REMOTE_CALL": 2}
+        assert plan.counts()["failed"] == {"SCRIPT_CALL": 3, "SCRIPT_REMOTE_CALL": 2}
     with faults(["PYTHON_CALL", "PYTHON_REMOTE_CALL"]) as plan:
         assert torch.equal(rpc.rpc_sync("w1", double, (tensor,)), tensor * 2)
         with pytest.raises(PeerError, match=INTENTIONAL.format("PYTHON_CALL", "w1")):
