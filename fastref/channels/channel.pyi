@@ -4,7 +4,7 @@ from typing import Any
 
 from typing_extensions import Buffer
 
-__all__ = ["BELL_BYTES", "MAX_PEERS", "Channel", "Inbox"]
+__all__ = ["BELL_BYTES", "BELL_UNANNOUNCED", "MAX_PEERS", "Channel", "Inbox"]
 
 BELL_BYTES: int
 BELL_UNANNOUNCED: slice

@@ -22,7 +22,7 @@ from fastref.errors import ProtocolError, UsageError
 cdef extern from *:
     int __builtin_ctzll(unsigned long long) nogil
 
-__all__ = ["Channel", "Inbox", "BELL_BYTES", "MAX_PEERS"]
+__all__ = ["Channel", "Inbox", "BELL_BYTES", "BELL_UNANNOUNCED", "MAX_PEERS"]
 
 BELL_BYTES = 192
 BELL_UNANNOUNCED = slice(68, 72)    # of these bytes, the word in which a receiver says whom it has still to tell of memory

@@ -192,10 +192,8 @@ class OwnFiles:
 
     def _untold(self, rank: int) -> list[int]:
         """Return the files, but the first one and one that is being given back, that a peer has not been told of."""
-        told, case = self._told.get(rank, self._fds), self._case
-        return [
-            offset for offset in sorted(self._fds) if offset and offset not in told and not (case and case[0] == offset)
-        ]
+        told, leaving = self._told.get(rank, self._fds), self._case[0] if self._case else 0
+        return [offset for offset in sorted(self._fds) if offset not in told and offset not in (0, leaving)]
 
     def _tell(self, rank: int, link: Link) -> None:
         """Tell a peer of files. A signal handler may raise here at any time: then it is told twice of one."""
