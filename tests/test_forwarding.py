@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import struct
 import threading
 import time
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 import fastref.rpc as rpc
-from fastref.errors import FastrefError
+from fastref.codec.stream import decode, encode
+from fastref.errors import FastrefError, ProtocolError
 from fastref.rref import current_wiring
 from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
@@ -300,3 +302,54 @@ def sum_in_child() -> int:
     if child == 0:
         os._exit(0 if float(_kept[0].sum()) == 4 * SIZE else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@in_job
+def test_what_was_fetched_is_handed_on() -> None:
+    rref = rpc.remote("w1", make, args=(2.0,))
+    before = _forwarded()
+    for _ in range(3):  # of an answer, then of the copy that was published
+        assert rpc.rpc_sync("w2", total, args=(rref.to_here(),)) == 2 * SIZE
+    assert _forwarded() == before + 3
+
+
+HEADER = 1 + 16 + 8  # bytes of a tensor of one dimension, before its data
+
+
+def test_a_payload_alone_points_nowhere() -> None:
+    """What says that bytes lie in somebody's memory is believed only in a frame whose sender holds them."""
+    honest = encode(torch.ones(3))
+    assert honest is not None
+    for owner in (0, 1, 1 << 31):
+        place = struct.pack("<QQQIIII", 0, 4096, 0, 0, 0, owner, 0)
+        with pytest.raises(ProtocolError, match=f"points to memory of worker {owner}, whom nobody knows"):
+            decode(b"Y" + honest[1:HEADER] + place)
+
+
+def lie(to: str, rounds: int) -> None:
+    """Send calls whose argument is said to lie in memory where it does not."""
+    chance = random.Random(7)
+    channel = current_wiring().peers[rpc.get_worker_info(to).id].channel
+    honest = encode(((torch.ones(40_000),), None))
+    assert honest is not None
+    at = honest.index(b"X")
+    # Not where a file of the owner may yet be announced, except once: the receiver waits a second for that.
+    numbers = [0, 1, 63, 64, 4095, 4096, 1 << 20, 1 << 50, (1 << 63) - 1, (1 << 64) - 4096]
+    for i in range(rounds):
+        large = [chance.choice(numbers) for _ in range(3)]
+        small = [chance.choice(numbers) % (1 << 32) for _ in range(2)]
+        if i == 0:
+            large[:2] = [1 << 30, 4096]
+        place = struct.pack("<QQQIIII", *large, *small, chance.choice([0, 1, 2, 3, (1 << 32) - 1]), 0)
+        payload = honest[:at] + b"Y" + honest[at + 1 : at + HEADER] + place + honest[at + HEADER + 160_000 :]
+        frame = struct.pack("<HHHHQqIIII", 1, 256, 0, 0xFFFF, (1 << 39) + i, 0, 1, len(payload), 0, 0)
+        while not channel.send(frame + payload):
+            time.sleep(0.001)
+        current_wiring().calls_sent += 1  # for those who leave: they count
+
+
+@in_job
+def test_lies_about_where_a_tensor_lies_harm_nobody() -> None:
+    assert rpc.rpc_sync("w1", work.echo, args=(1,)) == 1
+    lie("w1", 300)
+    assert rpc.rpc_sync("w1", total_of, args=("w2", make(1.0))) == SIZE
