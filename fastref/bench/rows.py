@@ -102,6 +102,7 @@ _CALLS = {
 _TENSORS = {
     "send_first_128m": Row("send 128 MiB the first time, sum it there", "us", "tensors", Reach(times=1), "send_first"),
     "send_128m": Row("send 128 MiB, sum it there", "us", "tensors", Reach(times=3.5, within=1.3), "send_128m"),
+    "onward_16m": Row("send 16 MiB through a worker to another, sum it there", "us", "tensors", None, "onward_16m"),
     "drop_1k": Row("fetch 1 KiB and drop it", "us", "tensors", Reach(times=100), "drop_1k"),
     "drop_64k": Row("fetch 64 KiB and drop it", "us", "tensors", Reach(times=60), "drop_64k"),
     "drop_1m": Row("fetch 1 MiB and drop it", "us", "tensors", Reach(times=30), "drop_1m"),

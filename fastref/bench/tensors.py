@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastref.bench import work
-from fastref.bench.caller import CALLEE, PAUSE_S, Caller, worker_name
+from fastref.bench.caller import CALLEE, PAUSE_S, THIRD, Caller, worker_name
 from fastref.bench.timing import Effort, Summary, summarize, time_apart, time_each
 from fastref.errors import FastrefError
 
@@ -36,6 +36,17 @@ class TensorCaller(Caller):
     def send_128m(self, effort: Effort) -> Summary:
         """Microseconds for a call that sends a tensor of 128 MiB and sums it there."""
         return time_each(self._sending(torch.ones(LARGE_BYTES // ELEMENT_BYTES)), effort)
+
+    def onward_16m(self, effort: Effort) -> Summary:
+        """Microseconds for a tensor of 16 MiB to a worker that hands it on to another, where it is summed."""
+        tensor = torch.ones((1 << 24) // ELEMENT_BYTES)
+
+        def send() -> None:
+            total = self._rpc.rpc_sync(CALLEE, work.total_at, (self._rpc.__name__, THIRD, tensor))
+            if total != tensor.numel():
+                raise FastrefError(f"a sum of {tensor.numel()} ones came to {total}")
+
+        return time_each(send, effort)
 
     def drop_1k(self, effort: Effort) -> Summary:
         """Microseconds for ``to_here`` of a tensor of 1 KiB that only the reference holds, and letting go of it."""

@@ -6,6 +6,7 @@ Every function counts itself, so that a measurement can prove that its calls arr
 
 from __future__ import annotations
 
+import importlib
 import threading
 from itertools import count
 from typing import Any
@@ -77,6 +78,12 @@ def total(tensor: torch.Tensor) -> float:
     """Read every element."""
     next(_served)
     return float(tensor.sum())
+
+
+def total_at(backend: str, to: str, tensor: torch.Tensor) -> float:
+    """Hand a tensor on to another worker, through the module named ``backend``, and return the sum from there."""
+    rpc = importlib.import_module(backend)
+    return rpc.rpc_sync(to, total, (tensor,))  # type: ignore[no-any-return]
 
 
 _computing = threading.Event()
