@@ -29,10 +29,10 @@ class BlockExchange:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a destructor of the program may run at any line, and hand over another
-        self._come: dict[int, tuple[SharedBlock, int]] = {}  # and for how many messages
-        self._owed: dict[
-            int, int
-        ] = {}  # messages that were read before the block came for them, which was here already
+        # Number -> the block, and for how many messages it has come;
+        self._come: dict[int, tuple[SharedBlock, int]] = {}
+        # and how many messages were read before it came for them, by who had it already.
+        self._owed: dict[int, int] = {}
         self._links: dict[int, Link] = {}
         self._unsent: list[tuple[Link, SharedBlock]] = []  # the descriptor must stay open until then
 
