@@ -17,7 +17,7 @@ import fastref.rpc as rpc
 from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import in_job, job_fixtures
-from tests.test_leases import leases, wait_for
+from tests.test_leases import all_leases, leases, wait_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_"),
@@ -205,10 +205,10 @@ def test_a_large_value_of_any_kind_arrives_and_lies_in_the_senders_memory(kind: 
     ):
         answer = get()
         assert bits(answer) == expected
-        assert leases("w1") == 1, number
+        assert all_leases() == 1, number
         assert in_the_arena_of(answer)
         del answer
-        wait_for(lambda: leases("w1") == 0)
+        wait_for(lambda: all_leases() == 0)
     assert bits(value) == expected
 
 

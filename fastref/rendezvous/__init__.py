@@ -19,6 +19,7 @@ from fastref.rendezvous.join import Membership, join
 from fastref.rendezvous.links import (
     CLOSED,
     GROUP_ASK,
+    LEAVING,
     LINK_FAILED,
     MEMBER_SUFFIX,
     Link,
@@ -36,6 +37,7 @@ from fastref.rendezvous.sentences import could_not_start
 __all__ = [
     "CLOSED",
     "GROUP_ASK",
+    "LEAVING",
     "LINK_FAILED",
     "MEMBER_SUFFIX",
     "Connection",

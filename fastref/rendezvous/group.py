@@ -18,6 +18,7 @@ from fastref.rendezvous.fields import read_list, read_object
 from fastref.rendezvous.links import (
     CLOSED,
     GROUP_ASK,
+    LEAVING,
     MAGIC,
     MEMBER_SUFFIX,
     STATIC_SUFFIX,
@@ -289,6 +290,9 @@ def _answer(connection: Connection, member: WorkerRecord, deadline: float) -> Me
     except TimeoutError:
         raise RendezvousError(f"worker {member}, a member of the group, does not answer a newcomer") from None
     if message is None:
+        return None
+    if message.kind == LEAVING:  # it had linked us already, and left before it said so
+        message.close()
         return None
     if message.kind == "refused":
         sentence = refusal_of(message)

@@ -24,6 +24,7 @@ __all__ = [
     "GROUP_ASK",
     "HEARD",
     "JOIN_FAILED",
+    "LEAVING",
     "LINK_FAILED",
     "MEMBER_SUFFIX",
     "STATIC_SUFFIX",
@@ -46,6 +47,8 @@ JOIN_FAILED, LINK_FAILED = "join-failed", "link-failed"
 
 GROUP_ASK = "group-ask"
 """What a worker says to each member of the group that it wants to join."""
+LEAVING = "leaving"
+"""What a worker says to all whom it has linked when it leaves."""
 STATIC_SUFFIX, MEMBER_SUFFIX = "sock", "member"
 """How the sockets of workers end: of those of a job of fixed size, of those of a group that workers join and leave."""
 

@@ -26,6 +26,7 @@ from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceErro
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
 from fastref.protocol.membership import generations_of
 from fastref.rendezvous import (
+    LEAVING,
     LINK_FAILED,
     MEMBER_SUFFIX,
     Link,
@@ -401,7 +402,7 @@ class Runtime(GroupKeeper):
     def _on_message(self, rank: int, kind: str, body: dict, descriptors: dict) -> None:
         for fd, _ in descriptors.values():
             os.close(fd)
-        if kind == "leaving":
+        if kind == LEAVING:
             self.peers[rank].left = True
         elif kind == LINK_FAILED:
             with self._greeted:
@@ -541,7 +542,7 @@ class Runtime(GroupKeeper):
         with self._closing:
             for link in self._links.values():
                 try:
-                    link.send_message("leaving", {})
+                    link.send_message(LEAVING, {})
                 except PeerError:
                     pass  # it has left, or died, before us
 
