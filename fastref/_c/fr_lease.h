@@ -10,6 +10,8 @@
  * living, and its bit is set; nobody uses its pages any more, so whatever else may happen to them meanwhile is no matter.
  * Two leases of one place never overlap in one process: whoever reads a block that is leased already copies it.
  *
+ * If the process has had no page fault since a large lease began, none of its pages was written, and none is looked at.
+ *
  * A page that is written costs a fault and a copy, 20 times what copying it ahead would have cost; a page that is only
  * read costs next to nothing. So the end of a lease tells whether those who get such blocks write, and blocks for the
  * same use, its `site`, are copied from then on, 8 times and then twice as often each time that a probe is written. */
@@ -20,6 +22,7 @@
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include "fr_errand.h"
 #include "fr_table.h"
@@ -30,6 +33,10 @@
 #define FR_LONGEST_ABSTENTION 128
 #ifndef FR_ERRAND_FROM /* tests have small leases take the long way too */
 #define FR_ERRAND_FROM 4194304 /* bytes; smaller leases end in less time than it takes to wake the thread */
+#endif
+
+#ifndef FR_COUNT_FROM /* tests count for all */
+#define FR_COUNT_FROM 4194304 /* bytes; looking through the pages of smaller leases costs less than counting faults twice */
 #endif
 
 #ifndef MADV_POPULATE_WRITE
@@ -44,6 +51,8 @@ struct fr_lease {
     uint32_t index;               /* of the block's entry in its owner's table */
     uint32_t site;
     int loose;                    /* its pages were made private by us; under the lock */
+    int untouched;                /* no page of it can have been written */
+    int64_t faults;               /* of the process, when it began; -1: not counted */
     struct fr_leases *of;
     char *start;                  /* whole pages */
     size_t size;
@@ -168,6 +177,30 @@ static inline int64_t fr_pages_drop_written(char *start, size_t size)
     return fr_pages_drop_run(start, size) ? 0 : -1; /* nobody says which: all of them, and none that we know of */
 }
 
+/* The page faults of this process so far, or -1 where the system does not count them. A page of a copy-on-write mapping that
+ * is written for the first time is one, also when the kernel writes it for the process. */
+static inline int64_t fr_page_faults(void)
+{
+    static int counts; /* 0: not tried yet */
+    struct rusage before, after;
+    if (!__atomic_load_n(&counts, __ATOMIC_RELAXED)) { /* relaxed: as below */
+        char *page = mmap(NULL, FR_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        int found = -1;
+        if (page != MAP_FAILED) {
+            if (getrusage(RUSAGE_SELF, &before) == 0) {
+                *(volatile char *)page = 1;
+                if (getrusage(RUSAGE_SELF, &after) == 0 && after.ru_minflt > before.ru_minflt)
+                    found = 1;
+            }
+            munmap(page, FR_PAGE);
+        }
+        __atomic_store_n(&counts, found, __ATOMIC_RELAXED); /* relaxed: all who try find the same */
+    }
+    if (__atomic_load_n(&counts, __ATOMIC_RELAXED) < 0 || getrusage(RUSAGE_SELF, &after))
+        return -1;
+    return (int64_t)after.ru_minflt + (int64_t)after.ru_majflt;
+}
+
 /* Whether a page of a range was written here; 1 also when nobody can say. */
 static inline int fr_pages_any_written(char *start, size_t size)
 {
@@ -224,7 +257,7 @@ static inline void fr_lease_end(struct fr_lease *lease)
     void (*emptied)(void *);
     void *keeper;
     int64_t written;
-    written = fr_pages_drop_written(lease->start, lease->size);
+    written = lease->untouched ? 0 : fr_pages_drop_written(lease->start, lease->size);
     FR_FAILPOINT("lease.cleaned");
     if (written >= 0) {
         __atomic_store_n(&of->leased[lease->index], NULL, __ATOMIC_RELEASE); /* SYNC: the pages before the next lease */
@@ -301,7 +334,7 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
     lease->users = 1;
     lease->index = index;
     lease->site = site;
-    lease->loose = 0;
+    lease->loose = lease->untouched = 0;
     lease->of = of;
     lease->start = of->base + offset;
     lease->size = (size + FR_PAGE - 1) / FR_PAGE * FR_PAGE;
@@ -315,6 +348,7 @@ static inline struct fr_lease *fr_lease_take(struct fr_leases *of, uint64_t offs
     fr_lease_await_end(of, index);
     pthread_mutex_lock(&of->lock);
     closed = of->closed || __atomic_load_n(&of->leased[index], __ATOMIC_ACQUIRE); /* SYNC: with its end */
+    lease->faults = closed || lease->size < FR_COUNT_FROM ? -1 : fr_page_faults();
     if (!closed) {
         __atomic_store_n(&of->leased[index], lease, __ATOMIC_RELAXED); /* relaxed: under the lock */
         lease->next = of->living;
@@ -355,9 +389,10 @@ static inline void fr_lease_drop(struct fr_lease *lease)
     *lease->link = lease->next;
     if (lease->next)
         lease->next->link = lease->link;
+    lease->untouched = lease->faults >= 0 && !lease->loose && lease->faults == fr_page_faults();
     pthread_mutex_unlock(&of->lock);
     lease->errand.run = fr_lease_run_errand;
-    if (lease->size < FR_ERRAND_FROM || !of->errands || !fr_errands_post(of->errands, &lease->errand))
+    if (lease->size < FR_ERRAND_FROM || lease->untouched || !of->errands || !fr_errands_post(of->errands, &lease->errand))
         fr_lease_end(lease);
 }
 

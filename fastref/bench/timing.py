@@ -50,7 +50,7 @@ class Effort:
     windows: int = 10
     window: int = 1000
     exercise_calls: int = 1000
-    settle_s: float = 1.0
+    settle_s: float = 3.0
     idle_s: float = 4.0
 
 

@@ -5,6 +5,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
 
+from fastref.carriers.warm cimport errands, fr_errands
+
 from fastref.errors import ProtocolError
 
 __all__ = ["Decoder", "Encoder"]
@@ -12,6 +14,9 @@ __all__ = ["Decoder", "Encoder"]
 cdef enum:
     ALIGNMENT = 64
     MOST_SPANS = 8192       # tensors in one value; with more, pickle's dictionary is the better memory
+
+cdef extern from "fr_copy.h" nogil:
+    void fr_copy_bytes(fr_errands*, char*, const char*, size_t)
 
 cdef extern from "fr_gather.h" nogil:
     char* fr_gather_copy(const fr_gather*, uint32_t, char*, const char*)
@@ -108,7 +113,7 @@ cdef class Encoder:
             target += segment.position - done
             done = segment.position
             if segment.plan == NULL:
-                memcpy(target, segment.start, segment.size)
+                fr_copy_bytes(errands(), target, segment.start, segment.size)
             else:
                 fr_gather_copy(segment.plan, 0, target, segment.start)
             target += segment.size

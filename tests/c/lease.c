@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 
 #define FR_ERRAND_FROM 1 /* every lease of a process that has errands */
+#define FR_COUNT_FROM 1
 #include "fr_lease.h"
 
 #define BLOCKS 12u
