@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from fastref.bench import costs
-from fastref.errors import FastrefError
+from fastref.bench.plot import COLORS
+from fastref.errors import FastrefError, UsageError
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "plot", "render"]
 
 PATIENCE_S = 180.0
 IDLE_S = 3.0
@@ -39,6 +41,7 @@ COLUMNS = {
     "idle": "idle CPU, %",
     "call": "empty call, us",
 }
+CURVES = ["start", "memory", "descriptors", "idle", "call"]
 
 
 def nothing() -> None:
@@ -188,12 +191,39 @@ def render(figures: dict[str, dict[int, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def plot(figures: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
+    """Draw a curve for each backend and column, over the number of workers.
+
+    Raises
+    ------
+    UsageError
+        Without matplotlib.
+    """
+    try:
+        figure_module: Any = importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError:
+        raise UsageError("--plot needs matplotlib (pip install matplotlib)") from None
+    figure = figure_module.Figure(figsize=(13.0, 3.2), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+        for backend, by_size in figures.items():
+            drawn = {size: row[key] for size, row in by_size.items() if "error" not in row}
+            axes.plot(list(drawn), list(drawn.values()), marker="o", label=backend, color=COLORS.get(backend))
+        axes.set(xscale="log", yscale="log", xlabel="workers", title=COLUMNS[key])
+        sizes = sorted({size for by_size in figures.values() for size in by_size})
+        shown = [size for size in sizes if not size & (size - 1)] or sizes  # others would lie over these
+        axes.set_xticks(shown, [str(size) for size in shown])
+        axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(prog="python -m fastref.bench.scale", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", default="2,4,8,16,32,64", help="how many, comma separated (default %(default)s)")
     parser.add_argument("--backends", default="fastref,torch", help="which (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the curves (svg, png, pdf; needs matplotlib)")
     chosen = parser.parse_args(arguments)
     figures: dict[str, dict[int, dict[str, Any]]] = {}
     for backend in chosen.backends.split(","):
@@ -207,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(figures))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(figures, indent=1))
+    if chosen.plot is not None:
+        plot(figures, chosen.plot)
     return 0
 
 
