@@ -179,15 +179,19 @@ class OwnFiles:
             case[2].discard(rank)
         self.count_unannounced()
 
-    def knows_all(self, rank: int) -> bool:
-        """Whether a peer has been sent all that there is to know; tries to."""
+    def knows_all(self, rank: int, wait: bool = True) -> bool:
+        """Whether a peer has been sent all that there is to know; tries to, and may ``wait`` for an arena that grows."""
         link = self._links.get(rank)
         if link is None:
             return True
         if self._untold(rank):
             assert self._arena is not None
-            with self._arena.growing:
+            if not self._arena.growing.acquire(blocking=wait):
+                return False
+            try:
                 self._tell(rank, link)
+            finally:
+                self._arena.growing.release()
         return link.flush_posts()
 
     def _untold(self, rank: int) -> list[int]:
@@ -227,7 +231,7 @@ class OwnFiles:
         if self._arena.unannounced:
             for rank in list(self._links):
                 try:
-                    self.knows_all(rank)
+                    self.knows_all(rank, wait=False)  # this thread sees who dies
                 except PeerError:
                     pass  # as above
             self.count_unannounced()
