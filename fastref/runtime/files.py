@@ -180,7 +180,7 @@ class OwnFiles:
         self.count_unannounced()
 
     def knows_all(self, rank: int, wait: bool = True) -> bool:
-        """Whether a peer has been sent all that there is to know; tries to, and may ``wait`` for an arena that grows."""
+        """Whether a peer has been sent all that there is to know; tries to, and may ``wait`` while the arena grows."""
         link = self._links.get(rank)
         if link is None:
             return True
