@@ -18,16 +18,12 @@
 #ifndef FR_LEASE_H
 #define FR_LEASE_H
 
-#include <fcntl.h>
 #include <stdlib.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
 
 #include "fr_errand.h"
+#include "fr_pages.h"
 #include "fr_table.h"
 
-#define FR_PAGE 4096u
 #define FR_SITES 256u
 #define FR_WRITTEN_PART 16 /* a lease of which more than this part was written would have been cheaper as a copy */
 #define FR_LONGEST_ABSTENTION 128
@@ -37,10 +33,6 @@
 
 #ifndef FR_COUNT_FROM /* tests count for all */
 #define FR_COUNT_FROM 4194304 /* bytes; looking through the pages of smaller leases costs less than counting faults twice */
-#endif
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
 #endif
 
 struct fr_leases;
@@ -79,174 +71,6 @@ struct fr_leases {                /* all leases of one peer's memory */
     int foreign;                  /* made before this process was forked */
     struct fr_errands *errands;   /* who ends large leases; NULL: nobody but who lets go */
 };
-
-/* ---- pages */
-
-/* Runs of pages of a range that are private to this process, by the PAGEMAP_SCAN call of Linux 6.7. */
-struct fr_page_run {
-    uint64_t start, end, categories;
-};
-struct fr_page_scan {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-#define FR_PAGEMAP_SCAN _IOWR('f', 16, struct fr_page_scan)
-#define FR_PAGE_IS_FILE (1u << 2)
-#define FR_PAGE_IS_PRESENT (1u << 3)
-#define FR_PAGE_IS_SWAPPED (1u << 4)
-#define FR_RUNS 32
-
-static int fr_pagemap = -1;       /* /proc/self/pagemap; belongs to one address space, so a child opens its own */
-static int fr_pagemap_scans = 1;  /* whether the system knows the call */
-
-static inline int fr_pagemap_fd(void)
-{
-    int fd = __atomic_load_n(&fr_pagemap, __ATOMIC_RELAXED);
-    if (fd == -1) {
-        int none = -1;
-        fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-        if (fd < 0)
-            fd = -2;
-        if (!__atomic_compare_exchange_n(&fr_pagemap, &none, fd, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-            if (fd >= 0)
-                close(fd);
-            fd = none;
-        }
-    }
-    return fd;
-}
-
-/* Drop the private pages of a range; the file's bytes show again. 0 when that cannot be done. */
-static inline int fr_pages_drop_run(char *start, size_t size)
-{
-    if (madvise(start, size, MADV_DONTNEED) == 0)
-        return 1;
-    return munlock(start, size) == 0 && madvise(start, size, MADV_DONTNEED) == 0; /* it fails on locked pages */
-}
-
-/* Drop exactly the pages of a range that were written. Returns how many, or -1 when that cannot be done. */
-static inline int64_t fr_pages_drop_written(char *start, size_t size)
-{
-    int fd = fr_pagemap_fd();
-    int64_t dropped = 0;
-    if (fd >= 0 && fr_pagemap_scans) {
-        struct fr_page_run runs[FR_RUNS];
-        struct fr_page_scan scan = {
-            .size = sizeof scan, .start = (uintptr_t)start, .end = (uintptr_t)start + size,
-            .vec = (uintptr_t)runs, .vec_len = FR_RUNS,
-            .category_inverted = FR_PAGE_IS_FILE, .category_mask = FR_PAGE_IS_FILE,
-            .category_anyof_mask = FR_PAGE_IS_PRESENT | FR_PAGE_IS_SWAPPED, .return_mask = FR_PAGE_IS_FILE,
-        };
-        for (;;) {
-            int found = ioctl(fd, FR_PAGEMAP_SCAN, &scan);
-            if (found < 0) {
-                if (errno == EINTR)
-                    continue;
-                fr_pagemap_scans = 0;
-                break;
-            }
-            for (int i = 0; i < found; i++) {
-                if (!fr_pages_drop_run((char *)(uintptr_t)runs[i].start, runs[i].end - runs[i].start))
-                    return -1;
-                dropped += (runs[i].end - runs[i].start) / FR_PAGE;
-            }
-            if (scan.walk_end >= scan.end)
-                return dropped;
-            scan.start = scan.walk_end;
-        }
-    }
-    if (fd >= 0) { /* older systems: a word for each page. Bit 63 present, 62 swapped, 61 the file's own */
-        uint64_t words[512];
-        size_t page = 0, pages = size / FR_PAGE;
-        while (page < pages) {
-            size_t wanted = pages - page < 512 ? pages - page : 512;
-            ssize_t got = pread(fd, words, wanted * 8, ((uintptr_t)start / FR_PAGE + page) * 8);
-            if (got < 8)
-                break;
-            for (size_t i = 0; i < (size_t)got / 8; i++, page++) {
-                if ((words[i] >> 62) && !(words[i] >> 61 & 1)) {
-                    if (!fr_pages_drop_run(start + page * FR_PAGE, FR_PAGE))
-                        return -1;
-                    dropped++;
-                }
-            }
-        }
-        if (page == pages)
-            return dropped;
-    }
-    return fr_pages_drop_run(start, size) ? 0 : -1; /* nobody says which: all of them, and none that we know of */
-}
-
-/* The page faults of this process so far, or -1 where the system does not count them. A page of a copy-on-write mapping that
- * is written for the first time is one, also when the kernel writes it for the process. */
-static inline int64_t fr_page_faults(void)
-{
-    static int counts; /* 0: not tried yet */
-    struct rusage before, after;
-    if (!__atomic_load_n(&counts, __ATOMIC_RELAXED)) { /* relaxed: as below */
-        char *page = mmap(NULL, FR_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        int found = -1;
-        if (page != MAP_FAILED) {
-            if (getrusage(RUSAGE_SELF, &before) == 0) {
-                *(volatile char *)page = 1;
-                if (getrusage(RUSAGE_SELF, &after) == 0 && after.ru_minflt > before.ru_minflt)
-                    found = 1;
-            }
-            munmap(page, FR_PAGE);
-        }
-        __atomic_store_n(&counts, found, __ATOMIC_RELAXED); /* relaxed: all who try find the same */
-    }
-    if (__atomic_load_n(&counts, __ATOMIC_RELAXED) < 0 || getrusage(RUSAGE_SELF, &after))
-        return -1;
-    return (int64_t)after.ru_minflt + (int64_t)after.ru_majflt;
-}
-
-/* Whether a page of a range was written here; 1 also when nobody can say. */
-static inline int fr_pages_any_written(char *start, size_t size)
-{
-    int fd = fr_pagemap_fd();
-    if (fd >= 0 && fr_pagemap_scans) {
-        struct fr_page_run run;
-        struct fr_page_scan scan = {
-            .size = sizeof scan, .start = (uintptr_t)start, .end = (uintptr_t)start + size,
-            .vec = (uintptr_t)&run, .vec_len = 1, .max_pages = 1,
-            .category_inverted = FR_PAGE_IS_FILE, .category_mask = FR_PAGE_IS_FILE,
-            .category_anyof_mask = FR_PAGE_IS_PRESENT | FR_PAGE_IS_SWAPPED, .return_mask = FR_PAGE_IS_FILE,
-        };
-        int found;
-        do
-            found = ioctl(fd, FR_PAGEMAP_SCAN, &scan);
-        while (found < 0 && errno == EINTR);
-        if (found >= 0)
-            return found > 0;
-    }
-    for (size_t page = 0, pages = size / FR_PAGE; fd >= 0;) {
-        uint64_t words[512];
-        size_t wanted = pages - page < 512 ? pages - page : 512;
-        ssize_t got = wanted ? pread(fd, words, wanted * 8, ((uintptr_t)start / FR_PAGE + page) * 8) : 0;
-        if (!wanted)
-            return 0;
-        if (got < 8)
-            break;
-        page += (size_t)got / 8;
-        for (size_t i = 0; i < (size_t)got / 8; i++)
-            if ((words[i] >> 62) && !(words[i] >> 61 & 1))
-                return 1;
-    }
-    return 1;
-}
-
-/* Make every page of a range private, with the bytes that it shows now; other threads may write there meanwhile. */
-static inline void fr_pages_make_private(char *start, size_t size)
-{
-    if (madvise(start, size, MADV_POPULATE_WRITE) == 0)
-        return;
-    for (size_t at = 0; at < size; at += FR_PAGE) { /* a byte that is exchanged for itself is written, never changed */
-        uint8_t *byte = (uint8_t *)start + at, value = __atomic_load_n(byte, __ATOMIC_RELAXED);
-        while (!__atomic_compare_exchange_n(byte, &value, value, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
-            ;
-    }
-}
 
 /* ---- leases */
 
