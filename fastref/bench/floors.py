@@ -49,12 +49,9 @@ class FloorCaller:
             self._round_trip()
 
 
-class PipeBackend:
-    """Two processes and one byte that goes back and forth through two pipes."""
+class _Floor:
+    """What floors have in common: there always is one, nothing is imported for it, only its operations are measured."""
 
-    name = "pipe"
-    world_size = 2
-    offers = frozenset({"call", "call_asleep"})
     observed = False
     import_counts = False
     optional = False
@@ -62,15 +59,26 @@ class PipeBackend:
     def missing(self) -> str | None:
         return None
 
+    def load(self) -> None:
+        """Nothing to import."""
+
+    def leave(self) -> None:
+        """Pipes close and threads end with the process."""
+
+
+class PipeBackend(_Floor):
+    """Two processes and one byte that goes back and forth through two pipes."""
+
+    name = "pipe"
+    world_size = 2
+    offers = frozenset({"call", "call_asleep"})
+
     @contextmanager
     def address(self) -> Iterator[str]:
         with tempfile.TemporaryDirectory(prefix="fastref-bench-") as directory:
             for rank in range(self.world_size):
                 os.mkfifo(Path(directory, str(rank)))
             yield directory
-
-    def load(self) -> None:
-        """Nothing to import."""
 
     def join(self, rank: int, world_size: int, address: str) -> FloorCaller:
         # A fifo opens when both ends do: each process must take them in the same order.
@@ -80,9 +88,6 @@ class PipeBackend:
             threading.Thread(target=_echo_bytes, args=(second, first), name="echo", daemon=True).start()
             return FloorCaller(PipeEnd(read_from=-1, write_to=-1).round_trip)
         return FloorCaller(PipeEnd(read_from=first, write_to=second).round_trip)
-
-    def leave(self) -> None:
-        """The pipes close with the process."""
 
 
 class PipeEnd:
@@ -98,18 +103,12 @@ class PipeEnd:
             raise FastrefError("the process at the other end of the pipe is gone")
 
 
-class LineBackend:
+class LineBackend(_Floor):
     """Two processes and one word in shared memory that both poll: no system call, no Python at the other end."""
 
     name = "line"
     world_size = 2
     offers = frozenset({"call"})
-    observed = False
-    import_counts = False
-    optional = False
-
-    def missing(self) -> str | None:
-        return None
 
     @contextmanager
     def address(self) -> Iterator[str]:
@@ -118,18 +117,12 @@ class LineBackend:
             file.flush()
             yield file.name
 
-    def load(self) -> None:
-        """Nothing to import."""
-
     def join(self, rank: int, world_size: int, address: str) -> FloorCaller:
         with open(address, "r+b") as file:
             line = Line(mmap.mmap(file.fileno(), LINE_BYTES))
         if rank == 1:
             threading.Thread(target=line.echo, name="echo", daemon=True).start()
         return FloorCaller(line.round_trip)
-
-    def leave(self) -> None:
-        """The thread that polls ends with its process."""
 
 
 def _echo_bytes(read_from: int, write_to: int) -> None:
@@ -197,18 +190,12 @@ class MemoryCaller:
         return time_apart(give_out, effort, before=write)
 
 
-class MemoryBackend:
+class MemoryBackend(_Floor):
     """One process that copies and reads; for a published version, others that it wakes through pipes."""
 
     name = "memory"
     world_size = 1
     offers = frozenset({"read_1m", "read_128m", "send_128m", "publish"})
-    observed = False
-    import_counts = False
-    optional = False
-
-    def missing(self) -> str | None:
-        return None
 
     @contextmanager
     def address(self) -> Iterator[str]:
@@ -221,9 +208,6 @@ class MemoryBackend:
             finally:
                 os.close(descriptor)
 
-    def load(self) -> None:
-        """Nothing to import."""
-
     def join(self, rank: int, world_size: int, address: str) -> MemoryCaller:
         with open(Path(address, "shared"), "r+b") as file:
             shared = mmap.mmap(file.fileno(), PUBLISHED_BYTES)
@@ -234,9 +218,6 @@ class MemoryBackend:
                 target=_look, args=(doorbells[rank - 1], shared, answers), name="reader", daemon=True
             ).start()
         return MemoryCaller(shared, doorbells, answers)
-
-    def leave(self) -> None:
-        """The pipes close with the process."""
 
 
 def _fifo(path: Path) -> int:
