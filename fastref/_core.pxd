@@ -166,6 +166,10 @@ cdef class Holder:
     cdef bint _taken(self, int result, index, generation) except -1
 
 
+cdef class MirrorHolder(Holder):
+    cdef int show(self, uint32_t index, uint32_t generation, uint32_t state) except -1
+
+
 cdef class ReferenceTable:
     cdef readonly Holder holder
     cdef fr_regions at

@@ -99,6 +99,9 @@ class Holder:
     @property
     def gone(self) -> deque[tuple[int, int]]: ...
 
+class MirrorHolder(Holder):
+    def note(self, index: int, generation: int, state: str) -> None: ...
+
 class ReferenceTable:
     def __init__(
         self,

@@ -16,7 +16,7 @@ from operator import index as index_of
 
 from fastref.errors import IdsExhausted, ProtocolError, ReferenceLost, UsageError
 
-__all__ = ["IdGenerator", "GloballyUniqueId", "ForkData", "Holder", "ReferenceTable", "PinQueue", "table_sizes",
+__all__ = ["IdGenerator", "GloballyUniqueId", "ForkData", "Holder", "MirrorHolder", "ReferenceTable", "PinQueue", "table_sizes",
            "arm_failpoints", "failpoint", "failpoint_passages", "BITS"]
 
 cdef uint64_t COUNT_BITS = 48
@@ -477,6 +477,34 @@ cdef class Holder:
         if result == FR_LOST:
             raise ReferenceLost(f"entry {index} generation {generation} is gone")
         return result == FR_FIRST
+
+
+@cython.no_gc  # as Holder
+cdef class MirrorHolder(Holder):
+    """What one process holds of the table of an owner with whom it shares no memory.
+
+    It has no bit there, and the two regions are its own: what the owner has said of its values is shown there, for whoever
+    would look into the owner's otherwise.
+
+    Parameters
+    ----------
+    hold, descriptors : writable buffers
+        Zeroed, of the sizes that ``table_sizes`` says.
+    capacity : int
+        Entries in the owner's table.
+    """
+
+    def note(self, index: int, generation: int, state: str) -> None:
+        """Show what is known of an entry's value: "pending", "ready" or "failed"."""
+        self.show(self._checked(index), generation, _STATES.index(state))
+
+    cdef int show(self, uint32_t index, uint32_t generation, uint32_t state) except -1:
+        """Note what is known of an entry."""
+        cdef fr_descriptor* d = &self.h.at.descriptors[index]
+        d.settled_ns = fr_now_ns()
+        d.generation = generation
+        fr_store32_release(&d.state, state)  # SYNC: as in the owner's own
+        return 0
 
 
 @cython.no_gc  # as Holder

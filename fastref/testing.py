@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from fastref._core import Holder, IdGenerator, ReferenceTable, table_sizes
+from fastref._core import Holder, IdGenerator, MirrorHolder, ReferenceTable, table_sizes
 from fastref.carriers.arena import Arena
 from fastref.carriers.borrow import PeerArena
 from fastref.channels.channel import BELL_BYTES, Inbox
@@ -65,10 +66,16 @@ class Network:
         Frames that may be under way from one node to another; a sender that finds no room waits for it.
     window : int
         Entries that a node opens ahead, at first, for the ``remote()`` calls of each other.
+    hosts : sequence of str, optional
+        Where each node runs: no memory is shared between nodes with different ones. All on one by default.
     """
 
-    def __init__(self, count: int, bits: int = 61, capacity: int = 256, room: int = 1024, window: int = 32) -> None:
-        self.nodes = [Node(rank, capacity, bits) for rank in range(count)]
+    def __init__(
+        self, count: int, bits: int = 61, capacity: int = 256, room: int = 1024, window: int = 32,
+        hosts: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        places = [""] * count if hosts is None else [sys.intern(host) for host in hosts]
+        self.nodes = [Node(rank, capacity, bits, places[rank]) for rank in range(count)]
         self._channels: dict[tuple[int, int], InprocChannel] = {}
         self._unseen: set[tuple[int, int]] = set()  # (observer, dead)
         for node in self.nodes:
@@ -212,13 +219,22 @@ class Network:
         mine = node is other
         channel = InprocChannel(other.inbox, node.rank, hold=not mine, room=room)
         self._channels[node.rank, other.rank] = channel
+        if node.host is not other.host:
+            hold_bytes, descriptor_bytes = table_sizes(other.capacity)
+            mirror = MirrorHolder(mmap.mmap(-1, hold_bytes), mmap.mmap(-1, descriptor_bytes), other.capacity)
+            peer = Peer(other.rank, other.info, 0, channel, None, mirror, None, node.bits, host=other.host)
+            peer.shares_main = True
+            peer.credit_window = window
+            node.meet(peer)
+            return
         bit = node.rank if node.rank < node.bits else None
         hold, descriptors = other.regions
         peers_view = memoryview(descriptors).toreadonly()  # as another process maps them
         holder = node.table.holder if mine else Holder(hold, peers_view, other.capacity, bit)
         arena = PeerArena(memoryview(other.arena_memory).toreadonly(), map_private(other.arena_fd, ARENA_BYTES), holder)
         peer = Peer(
-            other.rank, other.info, 0, channel, PeerSlots(other.slot_memory, SLOTS), holder, arena, node.bits
+            other.rank, other.info, 0, channel, PeerSlots(other.slot_memory, SLOTS), holder, arena, node.bits,
+            host=other.host,
         )  # fmt: skip
         peer.shares_main = True
         peer.credit_window = window
@@ -228,8 +244,8 @@ class Network:
 class Node(RuleKeeper):
     """One worker of a ``Network``. Its calls are those of ``fastref.rpc`` that do not wait."""
 
-    def __init__(self, rank: int, capacity: int, bits: int) -> None:
-        self.bits = bits
+    def __init__(self, rank: int, capacity: int, bits: int, host: str = "") -> None:
+        self.bits, self.host = bits, host
         self.main_digest = ""
         self.capacity = capacity
         # Mappings, as in a real worker: pages come when they are touched, and a use after the end is seen at once.

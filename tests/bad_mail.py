@@ -7,6 +7,7 @@ go by a post that keeps each until the test lets it arrive: what was lost on the
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastref.codec.stream import encode
@@ -31,8 +32,11 @@ class Letter(NamedTuple):
 class BadMailNetwork(Network):
     """As ``Network``, with a post beside its channels."""
 
-    def __init__(self, count: int, bits: int = 61, capacity: int = 256, room: int = 1024, window: int = 32) -> None:
-        super().__init__(count, bits, capacity, room, window)
+    def __init__(
+        self, count: int, bits: int = 61, capacity: int = 256, room: int = 1024, window: int = 32,
+        hosts: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(count, bits, capacity, room, window, hosts)
         self.mail: list[Letter] = []
         self.settled = 0
         for node in self:

@@ -117,19 +117,19 @@ class Actions:
         return reach[start : start + most]
 
 
-def walk(seed: int, bits: int, steps: int, bad_mail: bool = False) -> None:
+def walk(seed: int, bits: int, steps: int, bad_mail: bool = False, hosts: str = "a") -> None:
     """Take actions at random, then let go of everything.
 
     The same seed takes the same actions; only the threads of those that wait (``fetch``, ``remote`` without an entry)
     may meet the frames in another order.
     """
     rng = random.Random(seed)
-    world = World(rng.randrange(2, 5), bits, rng.choice([64, 128]), bad_mail)
+    world = World(rng.randrange(2, 5), bits, rng.choice([64, 128]), bad_mail, hosts)
     actions = Actions(world)
     try:
         for action in rng.choices(list(actions.weights), list(actions.weights.values()), k=steps):
             actions.take(action, *(rng.randrange(CHOICES) for _ in range(4)))
         world.close()
     except BaseException as error:
-        error.add_note(f"again: walk({seed}, bits={bits}, steps={steps}, bad_mail={bad_mail})")
+        error.add_note(f"again: walk({seed}, bits={bits}, steps={steps}, bad_mail={bad_mail}, hosts={hosts!r})")
         raise

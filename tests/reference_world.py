@@ -156,14 +156,18 @@ class World:
     ----------
     count, bits, capacity
         As of ``Network``.
+    hosts : str
+        A letter for each node, repeated as often as need be: nodes with different ones share no memory.
     bad_mail : bool
         What holders without a bit tell each other is late, comes in any order, and comes again.
     """
 
-    def __init__(self, count: int, bits: int, capacity: int, bad_mail: bool = False) -> None:
+    def __init__(self, count: int, bits: int, capacity: int, bad_mail: bool = False, hosts: str = "a") -> None:
         global _world
         _world = self
-        self.network = (BadMailNetwork if bad_mail else Network)(count, bits=bits, capacity=capacity, window=4)
+        places = [hosts[rank % len(hosts)] for rank in range(count)]
+        kind = BadMailNetwork if bad_mail else Network
+        self.network = kind(count, bits=bits, capacity=capacity, window=4, hosts=places)
         for node in self.network:
             node.default_timeout_s = 20.0  # what takes longer hangs
         self.owners: list[int] = []  # by number

@@ -1,7 +1,8 @@
 """Whatever nodes do with references, and whoever dies: nothing that can be used is destroyed, and nothing else is kept.
 
 The nodes are real runtimes in one process; the frames between them arrive when the test says so. ``bits`` is how many
-of them share tables: the rest go by messages, which channels bring in order and once, or a bad post as it likes.
+of them share tables: the rest go by messages, which channels bring in order and once, or a bad post as it likes. Nodes
+of different hosts share nothing at all.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ ACTIONS = [name for name, weight in Actions.weights.items() for _ in range(weigh
 class ReferenceMachine(RuleBasedStateMachine):
     """The same actions, chosen and made small by hypothesis."""
 
-    @initialize(count=st.integers(2, 4), bits=st.sampled_from([61, 2, 1, 0]), bad_mail=st.booleans())
-    def start(self, count: int, bits: int, bad_mail: bool) -> None:
-        self.world = World(count, bits, 64, bad_mail)
+    @initialize(
+        count=st.integers(2, 4),
+        bits=st.sampled_from([61, 2, 1, 0]),
+        bad_mail=st.booleans(),
+        hosts=st.sampled_from(["a", "ab", "aabb", "abcd"]),
+    )
+    def start(self, count: int, bits: int, bad_mail: bool, hosts: str) -> None:
+        self.world = World(count, bits, 64, bad_mail, hosts)
         self.actions = Actions(self.world)
 
     @rule(
@@ -59,8 +65,14 @@ def test_no_random_history_with_bad_mail_breaks_a_reference(bits: int) -> None:
     take_walks(bits, bad_mail=True)
 
 
-def take_walks(bits: int, bad_mail: bool) -> None:
+@pytest.mark.parametrize("bad_mail", [False, True])
+@pytest.mark.parametrize("hosts", ["aabb", "abcd"])
+def test_no_random_history_across_hosts_breaks_a_reference(hosts: str, bad_mail: bool) -> None:
+    take_walks(61, bad_mail, hosts)
+
+
+def take_walks(bits: int, bad_mail: bool, hosts: str = "a") -> None:
     for seed in range(WALKS):
-        walk(seed, bits, STEPS, bad_mail)
+        walk(seed, bits, STEPS, bad_mail, hosts)
         if seed % 50 == 0:
             gc.collect()  # nodes are cycles, and the mappings that a process may have are counted

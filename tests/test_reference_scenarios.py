@@ -75,12 +75,23 @@ def fail(*values: Any) -> None:
     raise ValueError("no value")
 
 
-@pytest.fixture(params=[61, 0, 1, 2], ids=["shared tables", "messages", "one bit", "two bits"])
+KINDS = {
+    "shared tables": (61, "aaaa"),
+    "messages": (0, "aaaa"),
+    "one bit": (1, "aaaa"),
+    "two bits": (2, "aaaa"),
+    "two hosts": (61, "aabb"),
+    "four hosts": (61, "abcd"),
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
 def network(request: pytest.FixtureRequest) -> Iterator[Network]:
     """Four nodes; afterwards nothing of any story is left on those that live."""
     shelf.clear()
     Value.story = set()
-    network = Network(4, bits=request.param, window=4)
+    bits, hosts = request.param
+    network = Network(4, bits=bits, window=4, hosts=hosts)
     for node in network:  # names of functions travel, and entries are opened, before the story begins
         for target in range(4):
             for function in (keep, give, give_with, ignore, fail, Value):

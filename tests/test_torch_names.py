@@ -109,6 +109,14 @@ def test_the_future_of_a_creation_tells_why_it_failed() -> None:
 
 
 @in_job
+def test_the_future_of_a_creation_that_is_asked_for_too_late_says_that_it_timed_out() -> None:
+    rref = rpc.remote("w1", slow_list, (0.3,), timeout=0.001)
+    time.sleep(0.01)
+    with pytest.raises(CallTimeout, match="RPC ran for more than"):
+        rref._get_future().wait()
+
+
+@in_job
 def test_a_value_that_came_after_the_timeout_of_its_creation_is_not_had() -> None:
     late = "RRef creation via rpc.remote\\(\\) timed out"
     for timeout in (-1, 0, 30):

@@ -45,7 +45,8 @@ struct fr_lease {
     int loose;                    /* its pages were made private by us; under the lock */
     int untouched;                /* no page of it can have been written */
     int64_t faults;               /* of the process, when it began; -1: not counted */
-    struct fr_leases *of;
+    struct fr_leases *of;         /* NULL: the memory is this process's own, */
+    void (*give)(void *, uint64_t); /* for this one to have back */
     char *start;                  /* whole pages */
     size_t size;
     struct fr_lease *next, **link; /* in the list of those that live; under the lock */
@@ -198,6 +199,20 @@ FR_INLINE void fr_lease_share(struct fr_lease *lease)
     __atomic_fetch_add(&lease->users, 1, __ATOMIC_RELAXED);
 }
 
+/* Memory that came over a network and is nobody else's, used like a leased block: `give` has it back after the last user.
+ * NULL without memory. */
+static inline struct fr_lease *fr_lease_own(char *start, size_t size, void (*give)(void *, uint64_t))
+{
+    struct fr_lease *lease = calloc(1, sizeof *lease);
+    if (!lease)
+        return NULL;
+    lease->users = 1;
+    lease->start = start;
+    lease->size = size;
+    lease->give = give;
+    return lease;
+}
+
 /* One user fewer; the last one ends the lease. */
 static inline void fr_lease_drop(struct fr_lease *lease)
 {
@@ -205,6 +220,11 @@ static inline void fr_lease_drop(struct fr_lease *lease)
     /* SYNC: what other users wrote happened before the pages are dropped. */
     if (__atomic_sub_fetch(&lease->users, 1, __ATOMIC_ACQ_REL))
         return;
+    if (!of) {
+        lease->give(lease->start, lease->size);
+        free(lease);
+        return;
+    }
     if (of->foreign) { /* a forked child: the block, the bit and the list are its parent's */
         free(lease);
         return;

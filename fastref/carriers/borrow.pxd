@@ -26,6 +26,7 @@ cdef class Lease:
 
 
 cdef void drop_lease(fr_lease* lease) noexcept nogil
+cdef Lease lease_of_own(char* start, uint64_t size_bytes, void (*give)(void*, uint64_t) noexcept nogil)
 
 
 cdef struct Part:

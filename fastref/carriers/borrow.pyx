@@ -24,6 +24,7 @@ cdef extern from "fr_lease.h" nogil:
         uint64_t live, pages_written, stuck
     enum:
         FR_PAGE
+    fr_lease* fr_lease_own(char*, size_t, void (*)(void*, uint64_t) noexcept nogil)
     fr_lease* fr_lease_take(fr_leases*, uint64_t, uint64_t, uint32_t, uint32_t, uint32_t, int*, int*)
     void fr_lease_share(fr_lease*)
     void fr_lease_drop(fr_lease*)
@@ -54,6 +55,17 @@ fr_leases_watch_forks()
 cdef void drop_lease(fr_lease* lease) noexcept nogil:
     """Let one user of a lease go; any thread, with or without the interpreter lock."""
     fr_lease_drop(lease)
+
+
+cdef Lease lease_of_own(char* start, uint64_t size_bytes, void (*give)(void*, uint64_t) noexcept nogil):
+    """A lease of memory that is the lease's from here on, and ``give``'s after it."""
+    cdef Lease lease = Lease.__new__(Lease)
+    lease.lease = fr_lease_own(start, size_bytes, give)
+    if lease.lease == NULL:
+        give(start, size_bytes)
+        raise MemoryError()
+    lease.start, lease.size_bytes = start, size_bytes
+    return lease
 
 
 cdef enum:

@@ -64,11 +64,22 @@ cdef struct Arrival:
     uint32_t source
 
 
+ctypedef void (*Give)(void* start, uint64_t size) noexcept nogil
+
+
+cdef struct Bulk:               # what goes along with a record where no memory is shared
+    char* start                 # NULL: nothing
+    uint64_t size
+    Give give                   # who has it last calls this
+
+
 cdef class Channel:
     cdef readonly uint64_t largest
     cdef readonly bint closed
 
     cdef int64_t try_send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size) noexcept nogil
+    cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                               Bulk* bulk) noexcept nogil
     cdef uint64_t acquired(self) noexcept nogil
     cdef uint64_t consumed(self) noexcept nogil
     cdef void close(self) noexcept nogil
@@ -110,5 +121,6 @@ cdef class Inbox:
     cdef void put_back(self) noexcept nogil
     cdef bint is_empty(self, uint32_t source) noexcept nogil
     cdef int enqueue(self, uint32_t source, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                     uint64_t position) noexcept nogil
+                     uint64_t position, const Bulk* bulk) noexcept nogil
+    cdef Bulk take_bulk(self) noexcept nogil
     cdef uint64_t queue_position(self, uint32_t source, bint acquired) noexcept nogil

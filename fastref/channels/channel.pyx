@@ -4,6 +4,8 @@ A channel carries records to one peer: whole, in order, each once, as long as bo
 delivery to a peer that dies, no fairness between peers, and no answer: those are the runtime's business.
 
     try_send    publishes a record, or says that there is no room; it never waits. Any thread may call it.
+    try_send_bulk   as try_send, of a record with bytes behind it, which the channel takes over when it publishes them;
+                only where no memory is shared: other channels refuse it as too large
     acquired    how far the receiver has taken the references that records carry
     consumed    how far the receiver is done with the records' bytes
     close       later sends say so; records already published may or may not arrive
@@ -13,10 +15,10 @@ at a time. ``next`` goes round the sources, so that a flood from one peer does n
 """
 
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastref._core cimport (pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-                            fr_fence, fr_or)
+                            fr_fence, fr_load_acquire, fr_or, fr_store_release)
 from fastref.errors import ProtocolError, UsageError
 
 cdef extern from *:
@@ -42,6 +44,10 @@ cdef class Channel:
 
     cdef int64_t try_send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size) noexcept nogil:
         return SENT_CLOSED
+
+    cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                               Bulk* bulk) noexcept nogil:
+        return SENT_TOO_LARGE
 
     cdef uint64_t acquired(self) noexcept nogil:
         return 0
@@ -80,12 +86,23 @@ cdef class Channel:
         """Close this end."""
         self.close()
 
+    def snapshot(self) -> dict:
+        """Plain figures."""
+        return {}
+
 
 cdef struct Message:
     Message* after
     uint64_t size
     uint64_t position
+    Bulk bulk
     char data[8]
+
+
+cdef void _free_message(Message* message) noexcept nogil:
+    if message.bulk.start != NULL:
+        message.bulk.give(message.bulk.start, message.bulk.size)
+    free(message)
 
 
 cdef class Inbox:
@@ -121,7 +138,7 @@ cdef class Inbox:
             message = <Message*>self.sources[i].first
             while message != NULL:
                 after = message.after
-                free(message)
+                _free_message(message)
                 message = after
         free(self.sources)
         pthread_mutex_destroy(&self.queue_lock)
@@ -243,6 +260,8 @@ cdef class Inbox:
         cdef Source* source = &self.sources[self.current]
         if source.kind == RING:
             fr_ring_mark_acquired(&source.consumer)
+        elif source.kind == QUEUE:
+            fr_store_release(&source.consumer.record, (<Message*>source.looking_at).position)
 
     cdef void done(self) noexcept nogil:
         """The bytes of the record being looked at are not needed any more."""
@@ -260,8 +279,20 @@ cdef class Inbox:
                 source.last = NULL
             source.looking_at = NULL
             source.consumer.head = message.position
+            fr_store_release(&source.consumer.record, message.position)
             pthread_mutex_unlock(&self.queue_lock)
-            free(message)
+            _free_message(message)
+
+    cdef Bulk take_bulk(self) noexcept nogil:
+        """The bytes behind the record being looked at: the caller's from here on. ``start`` is NULL when there are none."""
+        cdef Source* source = &self.sources[self.current]
+        cdef Message* message = <Message*>source.looking_at
+        cdef Bulk bulk
+        memset(&bulk, 0, sizeof(bulk))
+        if source.kind == QUEUE:
+            bulk = message.bulk
+            memset(&message.bulk, 0, sizeof(bulk))
+        return bulk
 
     cdef void put_back(self) noexcept nogil:
         """Give the ready bits of what was not drained back to the bell."""
@@ -292,12 +323,18 @@ cdef class Inbox:
         return empty
 
     cdef int enqueue(self, uint32_t which, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                     uint64_t position) noexcept nogil:
-        """Append a record from within this process and ring the bell; False when memory has run out."""
+                     uint64_t position, const Bulk* bulk) noexcept nogil:
+        """Append a record from within this process and ring the bell; False when memory has run out.
+
+        ``bulk``: what goes along with it, taken over; NULL: nothing.
+        """
         cdef Source* source = &self.sources[which]
         cdef Message* message = <Message*>malloc(sizeof(Message) + head_size + body_size)
         if message == NULL:
             return False
+        memset(&message.bulk, 0, sizeof(Bulk))
+        if bulk != NULL:
+            message.bulk = bulk[0]
         message.after, message.size, message.position = NULL, head_size + body_size, position
         memcpy(message.data, head, head_size)
         if body_size:
@@ -314,6 +351,8 @@ cdef class Inbox:
 
     cdef uint64_t queue_position(self, uint32_t which, bint acquired) noexcept nogil:
         cdef uint64_t position
+        if acquired:
+            return fr_load_acquire(&self.sources[which].consumer.record)
         pthread_mutex_lock(&self.queue_lock)
         position = self.sources[which].consumer.head
         pthread_mutex_unlock(&self.queue_lock)

@@ -6,7 +6,10 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastref._core cimport (pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
                             pthread_mutex_t)
-from fastref.channels.channel cimport SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE, Channel, Inbox
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from fastref.channels.channel cimport SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE, Bulk, Channel, Inbox
 from fastref.errors import UsageError
 
 __all__ = ["InprocChannel"]
@@ -44,6 +47,10 @@ cdef class InprocChannel(Channel):
         pthread_mutex_destroy(&self.lock)
 
     cdef int64_t try_send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size) noexcept nogil:
+        return self.try_send_bulk(head, head_size, body, body_size, NULL)
+
+    cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                               Bulk* bulk) noexcept nogil:
         cdef uint64_t position
         cdef int stored = True
         if head_size + body_size > self.largest:
@@ -57,11 +64,16 @@ cdef class InprocChannel(Channel):
         position = self.sent + 1
         self.sent = position
         if not self.hold:
-            stored = self.inbox.enqueue(self.me, head, head_size, body, body_size, position)
+            stored = self.inbox.enqueue(self.me, head, head_size, body, body_size, position, bulk)
         pthread_mutex_unlock(&self.lock)
         if self.hold:
             with gil:
-                self._held.append((position, head[:head_size] + (body[:body_size] if body_size else b"")))
+                self._held.append((position, head[:head_size] + (body[:body_size] if body_size else b""),
+                                   bulk.start[:bulk.size] if bulk != NULL else None))
+        if stored and bulk != NULL:
+            if self.hold:
+                bulk.give(bulk.start, bulk.size)
+            bulk.start = NULL
         return position if stored else SENT_FULL
 
     cdef uint64_t acquired(self) noexcept nogil:
@@ -82,11 +94,15 @@ cdef class InprocChannel(Channel):
     def deliver(self, count: int = 1) -> int:
         """Let up to ``count`` records held back arrive, oldest first; returns how many did."""
         cdef const char* start
+        cdef Bulk bulk
         done = 0
         while done < count and self._held:
-            position, data = self._held.popleft()
+            position, data, behind = self._held.popleft()
             start = data
-            if not self.inbox.enqueue(self.me, start, len(data), NULL, 0, position):
+            if behind is not None:
+                bulk.start, bulk.size, bulk.give = <char*>malloc(len(behind)), len(behind), _give
+                memcpy(bulk.start, <const char*>(<bytes>behind), len(behind))
+            if not self.inbox.enqueue(self.me, start, len(data), NULL, 0, position, &bulk if behind is not None else NULL):
                 raise MemoryError()
             done += 1
         return done
@@ -96,3 +112,7 @@ cdef class InprocChannel(Channel):
         lost = len(self._held)
         self._held.clear()
         return lost
+
+
+cdef void _give(void* start, uint64_t size) noexcept nogil:
+    free(start)

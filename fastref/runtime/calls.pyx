@@ -135,7 +135,8 @@ cdef class Caller(Publisher):
         memset(head, 0, sizeof(fr_frame))
         head.slot = NO_SLOT
         head.call = self.new_call()
-        body.arenas, body.receiver = self.arenas, peer.rank
+        if not peer.is_far:
+            body.arenas, body.receiver = self.arenas, peer.rank
         if target is not None:
             body.references.append(target)
             head.callable = <uint32_t>hash(method) ^ target.fork.index
@@ -301,6 +302,8 @@ cdef class Caller(Publisher):
             if size > FR_SLOT_ROOM:
                 raise ProtocolError(f"worker {peer.info.name!r} left an answer of {size} bytes in a slot of {FR_SLOT_ROOM}")
             if flags & FLAG_BLOCK:
+                if peer.is_far:
+                    raise ProtocolError(f"an answer of worker {peer.info.name!r}, with whom no memory is shared, lies in memory")
                 memcpy(&block, s.data, sizeof(fr_block))
                 lease = peer.arena.take(block.offset, block.size, block.index, block.generation, site)
                 payload = <const char*>lease.start if lease is not None else peer.arena.borrow(block.offset, block.size)

@@ -43,6 +43,7 @@ cdef class Executor(ReferenceCaller):
     cdef object call_target(self, Job job)
     cpdef object call_function(self, object func, object args, object kwargs)
     cdef bint _parks(self, OwnedValue owned, Job job) except -1
+    cdef int _tell_maker(self, OwnedValue owned, uint32_t index, bint failed) except -1
     cdef int settle_value(self, OwnedValue owned, uint32_t index, object error) except -1
     cdef int answer(self, Job job, Encoder body, int flags) except -1
     cdef int fail_job(self, Job job, object error) except -1

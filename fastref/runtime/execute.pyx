@@ -98,7 +98,7 @@ cdef class Executor(ReferenceCaller):
                     body = self.encoder()
                     body.raw(<const char*>(<bytes>owned.error), len(owned.error))
                     return body
-                if job.peer.rank < self._bits_of(self.rank) and self.offer(owned, rref.fork.index):
+                if self.has_bit(self.rank, job.peer.rank) and self.offer(owned, rref.fork.index):
                     flags[0] = FLAG_PUBLISHED
                     return self.encoder()
                 if owned.frozen:
@@ -136,7 +136,8 @@ cdef class Executor(ReferenceCaller):
             self.settle_value(rref.owned, rref.fork.index, None)
             return None
         body = self.encoder()
-        body.arenas, body.receiver = self.arenas, job.peer.rank
+        if not job.peer.is_far:
+            body.arenas, body.receiver = self.arenas, job.peer.rank
         flags[0] = self.encode_any(body, job.body, job.peer.shares_main)
         return body
 
@@ -313,10 +314,25 @@ cdef class Executor(ReferenceCaller):
             self.publish(owned, index)
             owned.settle(VALUE_READY)
         FR_FAILPOINT("remote.created")
+        self._tell_maker(owned, index, error is not None)
         waiters, owned.waiters = owned.waiters, None
         if waiters:
             self.unpark(waiters)
         return 0
+
+    cdef int _tell_maker(self, OwnedValue owned, uint32_t index, bint failed) except -1:
+        """Whoever made a value by ``remote()`` sees in the descriptor that it is there; where no memory is shared he is told."""
+        cdef uint64_t maker = owned.name >> 48
+        cdef Peer peer
+        if maker != self.rank and maker < <uint64_t>len(self.peers) and self.peers[maker] is not None:
+            peer = <Peer>self.peers[maker]
+            if peer.is_far:
+                self.tell_settled(peer, index, failed)
+        return 0
+
+    def tell_settled(self, peer, index: int, failed: bool) -> None:
+        """Tell a worker with which no memory is shared that a value that it made is there, or never will be."""
+        raise NotImplementedError
 
     cdef int answer(self, Job job, Encoder body, int flags) except -1:
         """Leave the answer in the caller's slot, or send it as a message."""
@@ -327,7 +343,7 @@ cdef class Executor(ReferenceCaller):
         cdef fr_block block
         if fr_load32_acquire(&job.peer.died):
             return 0
-        if job.head.slot != NO_SLOT and not (body.references or body.blocks or body.forwarded):
+        if job.head.slot != NO_SLOT and not (job.peer.is_far or body.references or body.blocks or body.forwarded):
             if size > FR_SLOT_ROOM:
                 try:
                     if self.lend(job.peer, body, size, &block):

@@ -18,7 +18,7 @@ class Holdings(RuleKeeper):
         self.on_their_way.clear()
         for peer in self.known_peers():
             if peer.rank != self.rank:
-                peer.arena.detach()  # leases are holds like others; what the program still reads must not change
+                peer.detach()  # leases are holds like others; what the program still reads must not change
                 peer.holder.let_all_go()
                 self._delete_what_is_gone(peer)
 

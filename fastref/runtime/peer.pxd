@@ -14,11 +14,13 @@ cdef class Peer:
     cdef readonly object info
     cdef readonly int pid
     cdef readonly Channel channel
-    cdef readonly PeerSlots slots
+    cdef readonly PeerSlots slots       # None where no memory is shared, as are
     cdef readonly Holder holder
     cdef readonly PinQueue pins
-    cdef readonly PeerArena arena
-    cdef readonly uint32_t bits         # how many ranks have a bit in its table
+    cdef readonly PeerArena arena       # this
+    cdef readonly object host           # equal for workers that share memory
+    cdef readonly bint is_far           # no memory is shared with it: payloads go along with frames
+    cdef readonly uint32_t bits         # how many ranks of its host have a bit in its table
     cdef readonly uint32_t incarnation  # how many workers of this group had its rank before
     cdef uint32_t first_generation, generations     # of the entries in its table
     cdef readonly Holder serves         # what calls through references must hold of it; None: it takes no calls

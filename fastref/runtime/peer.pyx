@@ -25,22 +25,26 @@ cdef class Peer:
         Who it is.
     channel : Channel
         Frames to it.
-    slots : PeerSlots
-        Where its callers wait for answers.
+    slots : PeerSlots or None
+        Where its callers wait for answers; None where no memory is shared: answers are messages then.
     holder : Holder
         What this process holds of its table.
-    arena : PeerArena
+    arena : PeerArena or None
         Its arena.
     bits : int
-        How many ranks have a bit in its table.
+        How many ranks of its host have a bit in its table.
     incarnation : int
         How many workers had its rank before, in a group that workers join and leave.
     generations : range
         Of the entries in its table: no other incarnation has one of them.
+    host : str
+        Equal for workers that share memory.
     """
 
-    def __init__(self, rank: int, info, pid: int, channel: Channel, slots: PeerSlots, holder: Holder,
-                 arena: PeerArena, bits: int, incarnation: int = 0, generations: range = range(0xFFFFFFFF)):
+    def __init__(self, rank: int, info, pid: int, channel: Channel, slots: PeerSlots | None, holder: Holder,
+                 arena: PeerArena | None, bits: int, incarnation: int = 0, generations: range = range(0xFFFFFFFF),
+                 host: str = ""):
+        self.host, self.is_far = host, slots is None
         self.incarnation, self.serves = incarnation, holder
         self.first_generation, self.generations = generations.start, len(generations)
         self.rank, self.info, self.pid, self.bits = rank, info, pid, bits
@@ -127,12 +131,18 @@ cdef class Peer:
                     arena.give_back(offset)
         return 0
 
+    def detach(self) -> None:
+        """Make what is leased of its memory independent of it."""
+        if self.arena is not None:
+            self.arena.detach()
+
     def free(self, arena: Arena) -> None:
         """Let go of pins and blocks that the peer is done with."""
         self.release(arena)
 
     def snapshot(self) -> dict:
         """Plain figures."""
+        memory = dict(far=True, **self.channel.snapshot()) if self.is_far else dict(far=False, **self.arena.snapshot())
         return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, outgoing=len(self.outgoing), pins=len(self.pins), children=len(self.children),
                     loans=len(self.loans) + len(self.slot_loans), credits=len(self.credits), credits_open=self.credits_open,
-                    callables=len(self.callables), entries_held=self.holder.entries_held, **self.arena.snapshot())
+                    callables=len(self.callables), entries_held=self.holder.entries_held, **memory)

@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from fastref._core cimport Holder, IdGenerator, ReferenceTable, fr_fork
 from fastref.carriers.arena cimport Arena
 from fastref.carriers.borrow cimport Lease
-from fastref.channels.channel cimport Inbox
+from fastref.channels.channel cimport Bulk, Inbox
 from fastref.channels.slots cimport ResponseSlots
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport OwnedValue, RRef, Wiring
@@ -35,6 +35,10 @@ cdef extern from *:
         int64_t deadline_ns
 
 cdef fr_thread* this_thread() noexcept nogil
+
+
+cdef class Bulky:               # a payload that goes along with its frame, until the channel has taken it over
+    cdef Bulk bulk
 
 
 cdef class Post(Wiring):
@@ -69,7 +73,8 @@ cdef class Post(Wiring):
     cdef bint lend(self, Peer peer, Encoder body, uint64_t size, fr_block* block) except -1
     cdef uint64_t lend_to_all(self, uint64_t size) except? 0xFFFFFFFFFFFFFFFF
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                                int64_t deadline_ns) except -1
+                                Bulky bulky, int64_t deadline_ns) except -1
+    cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
     cdef int _pin_forwarded(self, list forwarded, list pinned) except -1
     cdef tuple open_entry(self)

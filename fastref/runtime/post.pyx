@@ -8,7 +8,9 @@ from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_re
                             fr_load32_acquire, fr_now_ns)
 from fastref.carriers.arena cimport FR_ARENA_PAGE
 from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease, PeerArena, Place
-from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE
+from fastref.carriers.warm cimport give_memory, take_memory
+from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE, Bulk
+from fastref.channels.tcp cimport TcpLoop
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
@@ -22,7 +24,7 @@ from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError,
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 from fastref.segments.shared import shared_blocks
 
-__all__ = ["Post"]
+__all__ = ["Post", "use_warm_memory"]
 
 fr_failpoints_here = failpoints()
 
@@ -53,6 +55,43 @@ cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # ids and call numbers ha
 
 cdef fr_thread* this_thread() noexcept nogil:
     return &fr_this_thread
+
+
+cdef class Bulky:
+    """Memory for a payload that goes along with its frame. A channel that takes it over leaves NULL behind."""
+
+    def __dealloc__(self):
+        if self.bulk.start != NULL:
+            self.bulk.give(self.bulk.start, self.bulk.size)
+
+
+cdef Bulky _bulky(uint64_t size):
+    cdef Bulky bulky = Bulky.__new__(Bulky)
+    bulky.bulk.start = <char*>take_memory(size)
+    if bulky.bulk.start == NULL:
+        raise ResourceError(f"no memory for a payload of {size} bytes")
+    bulky.bulk.size, bulky.bulk.give = size, _give_memory
+    return bulky
+
+
+cdef void _give_memory(void* start, uint64_t size) noexcept nogil:
+    give_memory(start, size)
+
+
+cdef int64_t _try_send(Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                       Bulky bulky) noexcept:
+    if bulky is None:
+        return peer.channel.try_send(head, head_size, body, body_size)
+    return peer.channel.try_send_bulk(head, head_size, body, body_size, &bulky.bulk)
+
+
+cdef void* _take_memory(uint64_t size) noexcept nogil:
+    return take_memory(size)
+
+
+def use_warm_memory(loop: TcpLoop) -> None:
+    """Have what comes along with records put into memory that is kept warm."""
+    loop.take, loop.give = _take_memory, _give_memory
 
 
 cdef class Post(Wiring):
@@ -178,6 +217,7 @@ cdef class Post(Wiring):
         cdef int64_t lent = -1
         cdef uint32_t in_block = 0
         cdef list pinned = None
+        cdef Bulky bulky = None
         cdef bint handed = False
         if fr_load32_acquire(&peer.died):
             raise peer.died_error()
@@ -202,7 +242,17 @@ cdef class Post(Wiring):
                 head.forks_size, head.block_forks = 0, in_block
                 head.flags |= FLAG_FORKS_IN_BLOCK
                 size += in_block
-            if size > INLINE_LIMIT or in_block:
+            if peer.is_far and (size > INLINE_LIMIT or in_block):
+                bulky = _bulky(size)
+                memset(&block, 0, sizeof(block))
+                block.size, block.index = size, NO_ENTRY
+                if in_block:
+                    memcpy(bulky.bulk.start, forks.data, in_block)
+                with nogil:
+                    body.copy_to(bulky.bulk.start + in_block)
+                payload, size = <const char*>&block, sizeof(fr_block)
+                head.flags |= FLAG_BLOCK
+            elif size > INLINE_LIMIT or in_block:
                 if self.lend(peer, body, size, &block):
                     lent = block.offset
                 elif in_block:
@@ -214,7 +264,7 @@ cdef class Post(Wiring):
                     body.copy_to(self.arena.base + lent + in_block)
                 payload, size = <const char*>&block, sizeof(fr_block)
                 head.flags |= FLAG_BLOCK
-            elif size and not body.segment_count:
+            elif bulky is None and size and not body.segment_count:
                 payload = body.data
             head_size = sizeof(fr_frame) + head.forks_size
             if head_size > HEAD_ROOM or (size and payload == NULL):  # many references, or a tensor inside a small payload
@@ -228,17 +278,19 @@ cdef class Post(Wiring):
                 payload, size = NULL, 0
             head.payload = size if payload != NULL else head_size - sizeof(fr_frame) - head.forks_size
             memcpy(start, head, sizeof(fr_frame))
+            if peer.is_far and head.deadline_ns:  # its clock is another one: what is left goes
+                (<fr_frame*>start).deadline_ns = max(head.deadline_ns - fr_now_ns(), 1)
             if head.forks_size:
                 memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):
-                position = peer.channel.try_send(start, head_size, payload, size)
+                position = _try_send(peer, start, head_size, payload, size, bulky)
             if position <= 0 and _may_wait(head.kind):
-                position = self._wait_for_room(peer, start, head_size, payload, size, deadline_ns)
+                position = self._wait_for_room(peer, start, head_size, payload, size, bulky, deadline_ns)
             elif position < 0:
                 self._cannot_send(peer, position, head_size + size)
             elif not position:
-                peer.outgoing.append((start[:head_size] + (payload[:size] if size else b""), pinned, lent))
+                peer.outgoing.append((start[:head_size] + (payload[:size] if size else b""), pinned, lent, bulky))
                 if not fr_this_thread.leading:
                     self.wake_leader()  # it may sleep already, and it alone sends what was kept
         except BaseException:
@@ -292,13 +344,14 @@ cdef class Post(Wiring):
     cdef bint flush(self, Peer peer) except -1:
         """Send what waits for room, in order; True when nothing is left."""
         cdef int64_t position
+        cdef Bulky bulky
         if peer.flushing:
             return False
         peer.flushing = True
         try:
             while peer.outgoing:
-                record, pinned, lent = peer.outgoing[0]
-                position = peer.channel.try_send(<const char*>(<bytes>record), len(record), NULL, 0)
+                record, pinned, lent, bulky = peer.outgoing[0]
+                position = _try_send(peer, <const char*>(<bytes>record), len(record), NULL, 0, bulky)
                 if position <= 0:
                     break
                 peer.outgoing.popleft()
@@ -318,7 +371,7 @@ cdef class Post(Wiring):
     def drop_outgoing(self, peer) -> None:
         """Undo what was still to be sent to a peer that has died."""
         while (<Peer>peer).outgoing:
-            _, pinned, lent = (<Peer>peer).outgoing.popleft()
+            _, pinned, lent, _ = (<Peer>peer).outgoing.popleft()
             if pinned is not None:
                 self._unpin(peer, pinned)
             if lent >= 0:
@@ -354,7 +407,7 @@ cdef class Post(Wiring):
             raise
         block.offset, block.size, block.index, block.generation = offset, size, NO_ENTRY, 0
         if body.largest_in_place >= LEASE_FROM and self.arena.blocks.lent <= self.arena.blocks.limit * (FR_ARENA_PAGE // 2) \
-                and (peer.rank == self.rank or peer.rank < self._bits_of(self.rank)):
+                and (peer.rank == self.rank or self.has_bit(self.rank, peer.rank)):
             try:
                 block.index, block.generation = self.open_entry()
                 self.arena.pin(offset, block.index)
@@ -431,7 +484,7 @@ cdef class Post(Wiring):
                 fork.fork_created_on, fork.fork_local = self.rank, fork_id & NUMBER_MASK
                 fork.parent = self.rank
             child = None
-            if peer.rank != fork.owner and peer.rank >= self._bits_of(fork.owner):
+            if peer.rank != fork.owner and not self.has_bit(fork.owner, peer.rank):
                 child = self.fork_abroad(peer, fork_id, fork.owner, fork.index, fork.generation, rref.holder)
             pinned.append((rref.holder, fork.index, child))
             encoded = b"" if rref.type_str is None else rref.type_str.encode()
@@ -441,8 +494,14 @@ cdef class Post(Wiring):
                 forks.raw(<const char*>encoded, len(encoded))
         return 0
 
-    def _bits_of(self, owner: int) -> int:
-        return (<Peer>self.peers[owner]).bits
+    cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1:
+        """Whether a worker has a bit in another one's table; else it holds references by messages."""
+        cdef Peer peer = <Peer>self.peers[owner]
+        return holder < peer.bits and (peer.host is (<Peer>self.peers[holder]).host)
+
+    def holds_by_bit(self, peer: Peer) -> bool:
+        """Whether a worker has a bit in this one's table."""
+        return self.has_bit(self.rank, peer.rank)
 
     def fork_abroad(self, peer, fork_id: int, owner: int, index: int, generation: int, holder):
         """A reference goes to a peer without a bit: note it, and return what undoes the note, or None."""
@@ -482,7 +541,7 @@ cdef class Post(Wiring):
             holder.release(index)
 
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                                int64_t deadline_ns) except -1:
+                                Bulky bulky, int64_t deadline_ns) except -1:
         """The ring is full: drain our own inbox meanwhile, so that two full rings cannot wait for each other."""
         cdef int64_t position = SENT_FULL
         cdef timespec pause
@@ -490,7 +549,7 @@ cdef class Post(Wiring):
         while True:
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):
-                position = peer.channel.try_send(head, head_size, body, body_size)
+                position = _try_send(peer, head, head_size, body, body_size, bulky)
             if position > 0:
                 return position
             if position < 0 or fr_load32_acquire(&peer.died):

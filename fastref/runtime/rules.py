@@ -55,6 +55,7 @@ class RuleKeeper(Server):
             Kind.DRAIN_DONE: self._drain_done,
             Kind.IDLE_REPORT: self._idle_reported,
             Kind.GREETING: self._greeting,
+            Kind.SETTLED: self._settled,
         }
 
     def meet(self, peer: Peer, introduce: bool = True) -> None:
@@ -114,6 +115,8 @@ class RuleKeeper(Server):
             if fork:
                 with self._rules:
                     self._user_forks.granted(peer.rank, (index, generation), fork)
+            if peer.is_far:
+                peer.holder.note(index, generation, "pending")
             credits.append((index, generation))
         peer.add_credits(credits)
 
@@ -122,7 +125,7 @@ class RuleKeeper(Server):
         self._grant(peer)
 
     def _grant(self, peer: Peer) -> None:
-        has_bit = peer.rank < self.bits
+        has_bit = self.holds_by_bit(peer)
         granted: list[tuple[int, int, int]] = []
         refused = None
         with peer.lock:  # a worker is marked dead under it too: no entry is opened for one whose removal has begun
@@ -151,6 +154,16 @@ class RuleKeeper(Server):
             return
         for start in range(0, max(len(granted), 1), 64):
             self.tell(peer, Kind.GRANT, granted[start : start + 64])
+
+    def tell_settled(self, peer: Peer, index: int, failed: bool) -> None:
+        self.tell(peer, Kind.SETTLED, [index, self.table.holder.generation(index), failed])
+
+    def _settled(self, peer: Peer, call: int, value: Any) -> None:
+        index, generation, failed = value
+        if not peer.is_far:
+            raise ProtocolError("what a worker that shares memory need not say")
+        if peer.holder.generation(index) == generation:
+            peer.holder.note(index, generation, "failed" if failed else "ready")
 
     # ---- holders that go by messages
 
@@ -287,8 +300,8 @@ class RuleKeeper(Server):
 
     def _keep_leases(self, peer: Peer) -> None:
         """What we lease of a dead worker stays as it is. One that lives on and has cut the link will use it again."""
-        if not peer.left and process_lives(peer.pid):
-            peer.arena.detach()
+        if not peer.is_far and not peer.left and process_lives(peer.pid):
+            peer.detach()
 
     def peer_broke(self, rank: int, what: str) -> None:
         """A peer sent nonsense: it is not listened to any more."""
@@ -346,7 +359,7 @@ class RuleKeeper(Server):
 
     def _clear(self, peer: Peer) -> None:
         """Take a dead worker out of this one's table."""
-        if peer.rank < self.bits:
+        if self.holds_by_bit(peer):
             self.table.remove_peer(peer.rank)
         with self._rules:
             self._mark_and_clear(self._owner_forks.holder_lost(peer.rank))

@@ -395,7 +395,7 @@ class Runtime(GroupKeeper):
             link = self._links.pop(rank, None)
         if self._monitor is not None and link is not None:
             self._monitor.forget(rank)
-            self.peers[rank].arena.detach()  # the peer, if it lives, will use again what we lease
+            self.peers[rank].detach()  # the peer, if it lives, will use again what we lease
             link.close()
             self.on_death(rank, reason)
 
@@ -519,7 +519,7 @@ class Runtime(GroupKeeper):
     def _loosen_leases(self) -> None:
         """The peers are about to take us out of their tables; what the program still reads must not change then."""
         for peer in self.known_peers():
-            peer.arena.detach()
+            peer.detach()
 
     def _leave(self) -> None:
         _alive.discard(self)

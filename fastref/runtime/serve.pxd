@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fastref.carriers.borrow cimport Lease
 from fastref.channels.channel cimport Arrival, fr_bell, fr_listener
 from fastref.channels.slots cimport fr_waiting
 from fastref.runtime.execute cimport Executor, Job
@@ -55,6 +56,7 @@ cdef class Server(Executor):
     cdef int lead(self) except -1
     cdef Job drain(self, bint run_calls)
     cdef Job accept(self, Arrival* arrival, Peer peer)
+    cdef Lease _bulk_of(self, FrameView* view, Peer peer)
     cdef uint32_t site_of(self, fr_frame* head)
     cdef int take_references(self, FrameView* view, Peer peer, list references) except -1
     cdef int run(self, Job job, bint leading) except -1

@@ -14,10 +14,10 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from fastref._core cimport (FR_FAILPOINT, FR_LOST, FR_NO_CPU, failpoints, fr_failpoints_here, fr_fork,
+from fastref._core cimport (FR_FAILPOINT, FR_FIRST, FR_LOST, FR_NO_CPU, FR_VALUE_READY, MirrorHolder, failpoints, fr_failpoints_here, fr_fork,
                             fr_now_ns, fr_store32_relaxed)
-from fastref.carriers.borrow cimport Lease
-from fastref.channels.channel cimport Arrival
+from fastref.carriers.borrow cimport Lease, lease_of_own
+from fastref.channels.channel cimport Arrival, Bulk
 from fastref.codec.payload cimport Encoder
 from fastref.rref cimport OwnedValue, RRef, forks_so_far, make_rref
 from fastref.runtime.calls cimport Pending
@@ -45,6 +45,7 @@ cdef enum:
     IDLE_SLICES = 8         # of 100 ms each, after which a thread that was started for blocked ones ends
     SHORTEST_NAP_NS = 50000     # between looks at a peer's full ring
     LONGEST_NAP_NS = 10000000
+    FOREVER_NS = 1000000000000000000
     GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
 
 
@@ -330,14 +331,19 @@ cdef class Server(Executor):
         FR_FAILPOINT("ring.reader_holds")
         if not parse_frame(arrival.data, arrival.size, &view):
             raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
-        if view.head.slot != NO_SLOT and view.head.kind != PYTHON_RET:
+        payload, size = view.payload, view.payload_size
+        if peer.is_far:
+            lease = self._bulk_of(&view, peer)
+            if view.head.deadline_ns:  # what is left of it: clocks differ
+                view.head.deadline_ns = fr_now_ns() + min(max(view.head.deadline_ns, 1), FOREVER_NS)
+        elif view.head.slot != NO_SLOT and view.head.kind != PYTHON_RET:
             fr_serve_expect(&self.serving)
             peer.slots.expect(view.head.slot)
-        payload, size = view.payload, view.payload_size
         if view.head.flags & FLAG_BLOCK:
             memcpy(&block, payload, sizeof(fr_block))
-            lease = peer.arena.take(block.offset, block.size, block.index, block.generation,
-                                    self.site_of(&view.head))
+            if not peer.is_far:
+                lease = peer.arena.take(block.offset, block.size, block.index, block.generation,
+                                        self.site_of(&view.head))
             payload = <const char*>lease.start if lease is not None else peer.arena.borrow(block.offset, block.size)
             size = block.size
             if view.head.flags & FLAG_FORKS_IN_BLOCK:
@@ -378,6 +384,21 @@ cdef class Server(Executor):
             self._register_remote(job)
         return job
 
+    cdef Lease _bulk_of(self, FrameView* view, Peer peer):
+        """The payload that came along with a frame, None when there is none. Its memory is ours from here on."""
+        cdef fr_block block
+        cdef Bulk bulk = self.inbox.take_bulk()
+        cdef Lease lease = None
+        if bulk.start != NULL:
+            lease = lease_of_own(bulk.start, bulk.size, bulk.give)
+        block.size = 0
+        if view.head.flags & FLAG_BLOCK:
+            memcpy(&block, view.payload, sizeof(fr_block))
+        if view.head.flags & FLAG_FORWARDED or block.size != bulk.size:
+            raise ProtocolError(f"worker {peer.info.name!r}, with whom no memory is shared, sent a frame with flags "
+                                f"{view.head.flags:#x}, {block.size} bytes behind it, and {bulk.size} came")
+        return lease
+
     cdef uint32_t site_of(self, fr_frame* head):
         """What a block that comes with a frame is used for."""
         if head.kind != PYTHON_RET:
@@ -392,7 +413,7 @@ cdef class Server(Executor):
         cdef const char* following
         cdef Peer owner
         cdef OwnedValue owned
-        cdef int i, lost = 0
+        cdef int i, taken, lost = 0
         for i in range(view.head.references):
             following = next_fork(at, view.payload, &fork)
             if following == NULL:
@@ -421,10 +442,13 @@ cdef class Server(Executor):
                     lost += 1
                     references.append(None)
                     continue
-            if owner.holder.take(fork.index, fork.generation) == FR_LOST:
+            taken = owner.holder.take(fork.index, fork.generation)
+            if taken == FR_LOST:
                 lost += 1
                 references.append(None)
                 continue
+            if owner.is_far and taken == FR_FIRST:  # whether the value is there only its owner can say: fetches ask
+                (<MirrorHolder>owner.holder).show(fork.index, fork.generation, FR_VALUE_READY)
             if fork.owner == self.rank and owned is None:
                 owned = OwnedValue.__new__(OwnedValue)
                 owned.name = <uint64_t>fork.rref_created_on << 48 | fork.rref_local

@@ -23,6 +23,7 @@ cdef enum:
     GREETING = 15
     LEAVING = 16
     FAREWELL = 17
+    SETTLED = 18
 
     FLAG_PICKLED = 1     # the payload is a pickle with its buffers, not the fast encoding
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block

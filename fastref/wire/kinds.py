@@ -25,3 +25,4 @@ class Kind(IntEnum):
     GREETING = 15  # the first frame on a link: which file is __main__ here
     LEAVING = 16  # this worker leaves a group that goes on: call it no more
     FAREWELL = 17  # the answer: none of my calls follows
+    SETTLED = 18  # a value that a worker of another host made by remote() is there, or never will be
