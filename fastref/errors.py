@@ -17,6 +17,7 @@ __all__ = [
     "OwnerDied",
     "ReferenceLost",
     "CallTimeout",
+    "IdentityError",
     "RemoteError",
     "ProtocolError",
     "ResourceError",
@@ -96,6 +97,20 @@ class ReferenceLost(PeerError):
 
 class CallTimeout(PeerError):
     """A call, fetch or wait ran past its deadline."""
+
+
+class IdentityError(PeerError):
+    """The other end of a connection did not prove that it belongs to the job, or did not take the proof of this end.
+
+    Attributes
+    ----------
+    their_version : str
+        What it says that it runs, when that is why; empty otherwise. Nobody has vouched for it.
+    """
+
+    def __init__(self, message: str, worker: str = "", their_version: str = "") -> None:
+        super().__init__(message, worker)
+        self.their_version = their_version
 
 
 class ProtocolError(FastrefError):

@@ -19,7 +19,7 @@ PACKAGE = "fastref"
 ROWS: list[set[str]] = [
     {"errors", "_version"},
     {"_core", "futures", "options"},
-    {"wire", "rref", "segments"},
+    {"wire", "rref", "segments", "identity"},
     {"protocol", "channels", "carriers", "rendezvous"},
     {"codec"},
     {"runtime"},

@@ -1,0 +1,28 @@
+"""Who is at the other end of a connection: the token of a job, the mutual proof of it, and TLS around both."""
+
+from fastref.identity.handshake import Handshake
+from fastref.identity.proof import DEFAULT_TIMEOUT_S, prove
+from fastref.identity.token import (
+    TOKEN_FILE_VARIABLE,
+    TOKEN_VARIABLE,
+    Token,
+    find_token,
+    forget_loopback_token,
+    loopback_token,
+    mint,
+    refuse_without_token,
+)
+
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "TOKEN_FILE_VARIABLE",
+    "TOKEN_VARIABLE",
+    "Handshake",
+    "Token",
+    "find_token",
+    "forget_loopback_token",
+    "loopback_token",
+    "mint",
+    "prove",
+    "refuse_without_token",
+]
