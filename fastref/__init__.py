@@ -27,7 +27,7 @@ from fastref.errors import (
     WorkerDied,
 )
 from fastref.futures import Future
-from fastref.options import RpcBackendOptions, WorkerInfo
+from fastref.options import RpcBackendOptions, TlsFiles, WorkerInfo
 from fastref.rref import RRef
 from fastref.spawn import spawn
 
@@ -49,6 +49,7 @@ __all__ = [
     "ResourceError",
     "RpcBackendOptions",
     "Session",
+    "TlsFiles",
     "UsageError",
     "WorkerDied",
     "WorkerInfo",

@@ -10,7 +10,14 @@ from typing import SupportsFloat, SupportsIndex
 
 from fastref.errors import UsageError
 
-__all__ = ["WorkerInfo", "RpcBackendOptions", "DEFAULT_RPC_TIMEOUT_SEC", "UNSET_RPC_TIMEOUT", "check_worker_name"]
+__all__ = [
+    "WorkerInfo",
+    "RpcBackendOptions",
+    "TlsFiles",
+    "DEFAULT_RPC_TIMEOUT_SEC",
+    "UNSET_RPC_TIMEOUT",
+    "check_worker_name",
+]
 
 DEFAULT_RPC_TIMEOUT_SEC: float = 60.0
 DEFAULT_INIT_METHOD = "env://"
@@ -76,6 +83,36 @@ def check_worker_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class TlsFiles:
+    """The files, in PEM, by which workers encrypt what goes between hosts and know each other.
+
+    Parameters
+    ----------
+    certificate : str or path
+        This worker's certificate, with those between it and the authority behind it. It must be good for clients and
+        for servers, since a worker is both. Its names do not count: workers are known by address.
+    key : str or path
+        The private key of the certificate, without a passphrase.
+    authority : str or path
+        The certificates of the job's own authority. Whoever has a certificate of it is taken for a worker, so it must
+        not be one that the whole company, let alone the world, has certificates of.
+
+    Raises
+    ------
+    TypeError
+        When one is no path.
+    """
+
+    certificate: str | os.PathLike[str]
+    key: str | os.PathLike[str]
+    authority: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        for name in ("certificate", "key", "authority"):
+            object.__setattr__(self, name, os.fsdecode(getattr(self, name)))
+
+
 class RpcBackendOptions:
     """How a worker joins and behaves.
 
@@ -100,11 +137,17 @@ class RpcBackendOptions:
     switch_interval : float or None
         Seconds for ``sys.setswitchinterval``; None leaves it alone. A busy owner answers after up to this long; the
         interpreter's default is 5 ms.
+    token : str, optional
+        The secret that all workers of the job share, at least 16 characters. None: what ``FASTREF_TOKEN`` in the
+        environment says, else the file that ``FASTREF_TOKEN_FILE`` names. Without one no other host is let in.
+    tls : TlsFiles, optional
+        Encrypt what goes over TCP. All workers of a job do, or none.
 
     Raises
     ------
     TypeError
-        When ``rpc_timeout`` or ``num_worker_threads`` is no number, or ``init_method`` no string.
+        When ``rpc_timeout`` or ``num_worker_threads`` is no number, ``init_method`` or ``token`` no string, or ``tls``
+        no ``TlsFiles``.
     UsageError
         When a value is out of range.
     """
@@ -121,6 +164,8 @@ class RpcBackendOptions:
         table_capacity: int = 1 << 18,
         arena_limit: int | None = None,
         switch_interval: float | None = None,
+        token: str | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         timeout_s = _seconds(rpc_timeout)
         if init_method is None:
@@ -139,6 +184,10 @@ class RpcBackendOptions:
             arena_limit = _size_in_environment(ARENA_LIMIT_VARIABLE)
         if arena_limit is not None and arena_limit < 0:
             raise UsageError(f"arena_limit is a number of bytes, got {arena_limit!r}")
+        if token is not None and not isinstance(token, str):  # and do not show it
+            raise TypeError(f"{_AS_TORCH}token is a string, got a {type(token).__name__}")
+        if tls is not None and not isinstance(tls, TlsFiles):
+            raise TypeError(f"{_AS_TORCH}tls is a TlsFiles, got {tls!r}")
         self.rpc_timeout = timeout_s
         self.init_method = init_method
         self.num_worker_threads = operator.index(num_worker_threads)
@@ -146,6 +195,12 @@ class RpcBackendOptions:
         self.table_capacity = table_capacity
         self.arena_limit = arena_limit
         self.switch_interval = switch_interval
+        self.token = token
+        self.tls = tls
+
+    def __repr__(self) -> str:
+        shown = {**vars(self), "token": "..." if self.token is not None else None}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 def _seconds(rpc_timeout: object) -> float:

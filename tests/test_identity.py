@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastref
 from fastref.errors import FastrefError, IdentityError, PeerError, UsageError
 from fastref.identity import (
     TOKEN_FILE_VARIABLE,
@@ -35,6 +37,8 @@ from fastref.identity import (
     refuse_without_token,
 )
 from fastref.identity.handshake import MAGIC, PREFIX
+from fastref.options import RpcBackendOptions, TlsFiles
+from fastref.rpc import TensorPipeRpcBackendOptions
 
 SECRET = "correct horse battery staple"
 TOKEN = Token.from_text(SECRET)
@@ -140,6 +144,52 @@ def test_what_is_no_private_file_is_no_token_file(tmp_path: Path, make: Callable
 def test_listening_without_a_token_is_refused_with_the_line_that_mends_it() -> None:
     with pytest.raises(UsageError, match=r"0\.0\.0\.0:1.*export FASTREF_TOKEN=\$\(python -c 'import secrets;"):
         refuse_without_token("0.0.0.0:1")
+
+
+@pytest.mark.parametrize("kind", [RpcBackendOptions, TensorPipeRpcBackendOptions])
+def test_options_take_a_token_and_do_not_show_it(kind: type[RpcBackendOptions]) -> None:
+    files = TlsFiles("a.pem", Path("b.pem"), "c.pem")
+    options = kind(token=SECRET, tls=files)
+    assert (options.token, options.tls, files.key) == (SECRET, files, "b.pem")
+    assert (kind().token, kind().tls) == (None, None)
+    for shown in (repr(options), str(options)):
+        assert not any(part in shown for part in SECRET.split())
+        assert "token='...'" in shown and "b.pem" in shown
+    assert "token=None" in repr(kind())
+    with pytest.raises(TypeError, match="token is a string, got a bytes") as caught:
+        kind(token=SECRET.encode())
+    assert SECRET not in str(caught.value)
+    with pytest.raises(TypeError, match="tls is a TlsFiles"):
+        kind(tls="a.pem")
+
+
+def write_environment(rank: int, directory: str) -> None:
+    seen = {name: os.environ.get(name) for name in (TOKEN_VARIABLE, TOKEN_FILE_VARIABLE)}
+    (Path(directory) / str(rank)).write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize("given", [{}, {TOKEN_VARIABLE: SECRET}, {TOKEN_FILE_VARIABLE: "/a/file"}])
+def test_a_group_that_is_spawned_has_a_token_of_its_own_unless_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mp_context: object, given: dict[str, str]
+) -> None:
+    for name in (TOKEN_VARIABLE, TOKEN_FILE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for group in ("one", "other"):
+        (tmp_path / group).mkdir()
+        fastref.spawn(write_environment, 2, (str(tmp_path / group),), start_method="forkserver")
+        first, second = (json.loads((tmp_path / group / str(rank)).read_text()) for rank in range(2))
+        assert first == second
+        seen.append(first)
+    absent = dict.fromkeys((TOKEN_VARIABLE, TOKEN_FILE_VARIABLE))
+    if given:
+        assert seen == [{**absent, **given}] * 2
+    else:
+        assert [len(find_token(None, one).text()) for one in seen] == [64, 64]  # type: ignore[union-attr]
+        assert seen[0] != seen[1]
+        assert TOKEN_VARIABLE not in os.environ
 
 
 # The token that workers of one host share by themselves.
