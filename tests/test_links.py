@@ -273,7 +273,7 @@ def test_a_listener_survives_that_its_empty_directory_is_swept(monkeypatch, tmp_
         if len(made) < 3:
             path.rmdir()
 
-    monkeypatch.setattr("fastref.rendezvous.links.make_private_directory", make_and_lose)
+    monkeypatch.setattr("fastref.rendezvous.listening.make_private_directory", make_and_lose)
     listener = Listener(directory, "0" * 16)
     assert listener.path.exists() and len(made) == 3
     listener.close()

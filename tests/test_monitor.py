@@ -20,8 +20,7 @@ import pytest
 from fastref.errors import ForkedProcessError
 from fastref.rendezvous import Connection, Link, Listener, WorkerRecord
 from fastref.rendezvous.connection import connect, peer_of
-from fastref.rendezvous.coordinator import join_hello
-from fastref.rendezvous.links import refusal_of
+from fastref.rendezvous.hellos import join_hello, refusal_of
 from fastref.runtime.monitor import Monitor
 from fastref.segments import InstanceLock, create_memfd, host_identity, job_directory, run_root
 

@@ -20,7 +20,7 @@ import pytest
 from fastref.errors import RendezvousError, UsageError, WorkerDied
 from fastref.rendezvous import Connection, WorkerRecord, job_name, join, link_all
 from fastref.rendezvous.connection import connect
-from fastref.rendezvous.coordinator import join_hello
+from fastref.rendezvous.hellos import join_hello
 from fastref.segments import host_identity, run_root, sweep
 from tests.workers import PATIENCE_S, Cast, Worker, worker
 
@@ -51,7 +51,7 @@ def alice(no_leaks: None, init_method: str) -> Iterator[Worker]:
 
 
 def assert_all_linked(outcomes: list[Any], names: list[str]) -> None:
-    for rank, (members, segments, _) in enumerate(outcomes):
+    for rank, (members, segments, *_) in enumerate(outcomes):
         assert members == names
         assert segments == [f"{peer} for {names[rank]}" for peer in names if peer != names[rank]]
 

@@ -14,10 +14,12 @@ from fastref.rendezvous import (
     Link,
     Listener,
     Membership,
+    TcpLink,
     WorkerRecord,
     job_name,
     join,
     link_all,
+    open_door,
 )
 from fastref.segments import InstanceLock, create_memfd, host_identity, job_directory, map_fd, run_root
 
@@ -32,6 +34,7 @@ class Worker:
         self.lock = InstanceLock(root)
         self.listener = Listener(job_directory(root, job_name(init_method)), self.lock.instance)
         self.init_method = init_method
+        self.door = open_door(self.listener, init_method)
         self.record = dataclasses.replace(
             WorkerRecord(
                 name=name,
@@ -48,10 +51,12 @@ class Worker:
             **changes,
         )
         self.membership: Membership | None = None
-        self.links: dict[int, Link] = {}
+        self.links: dict[int, Link | TcpLink] = {}
 
     def join(self, rank: int, world_size: int | None, timeout_s: float, **more: Any) -> None:
-        self.membership = join(self.record, self.listener, self.init_method, rank, world_size, timeout_s, **more)
+        self.membership = join(
+            self.record, self.listener, self.init_method, rank, world_size, timeout_s, **{"door": self.door, **more}
+        )
         self.record = self.membership.record
 
     def link(self, timeout_s: float) -> None:
@@ -67,14 +72,18 @@ class Worker:
 
         try:
             deadline = time.monotonic() + timeout_s
-            self.links = link_all(self.record, self.membership.members, self.listener, segments_for, deadline)
+            self.links = link_all(
+                self.record, self.membership.members, self.listener, segments_for, deadline, self.door
+            )
         finally:
             for fd in fds:
                 os.close(fd)
 
     def read_segments(self) -> list[str]:
         texts = []
-        for rank in sorted(self.links):
+        for rank, link in sorted(self.links.items()):
+            if isinstance(link, TcpLink):
+                continue
             fd, size_bytes = self.links[rank].take("control")
             texts.append(bytes(map_fd(fd, size_bytes, writable=False)).decode())
             os.close(fd)
@@ -85,6 +94,8 @@ class Worker:
             self.membership.close()
         for link in self.links.values():
             link.close()
+        if self.door is not None:
+            self.door.close()
         self.listener.close()
         self.lock.release()
 
@@ -111,7 +122,9 @@ def play(pipe: Pipe, name: str, init_method: str, rank: int, world_size: int | N
         except Exception as error:
             pipe.send((type(error), str(error), time.monotonic() - started))
         else:
-            pipe.send(([m.name for m in one.membership.members], one.read_segments(), time.monotonic() - started))
+            ways = [str(link.way) for _, link in sorted(one.links.items())]
+            names = [member.name for member in one.membership.members]
+            pipe.send((names, one.read_segments(), time.monotonic() - started, ways))
             pipe.recv()
 
 

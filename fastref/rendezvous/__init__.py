@@ -1,6 +1,7 @@
-"""How the workers of one host find, check and link each other over unix sockets."""
+"""How workers find, check and link each other: over unix sockets within a host, over TCP between hosts."""
 
 from fastref.rendezvous.connection import Connection, Message
+from fastref.rendezvous.door import Door, open_door
 from fastref.rendezvous.failure import tell_coordinator, tell_members
 from fastref.rendezvous.group import (
     answer_ask,
@@ -15,24 +16,17 @@ from fastref.rendezvous.group import (
     take_turn,
     unregister,
 )
+from fastref.rendezvous.hellos import CLOSED, GROUP_ASK, LEAVING, LINK_FAILED, Segments, check_same_build, refuse
 from fastref.rendezvous.join import Membership, join
-from fastref.rendezvous.links import (
-    CLOSED,
-    GROUP_ASK,
-    LEAVING,
-    LINK_FAILED,
-    MEMBER_SUFFIX,
-    Link,
-    Listener,
-    Segments,
-    check_same_build,
-    read_link_hello,
-    refuse,
-)
+from fastref.rendezvous.links import Link, TcpLink, read_link_hello, read_stream_hello
+from fastref.rendezvous.listening import MEMBER_SUFFIX, Listener, TcpListener
 from fastref.rendezvous.mesh import link_all
 from fastref.rendezvous.methods import check_numbers, is_open, job_name, resolve_member_rank, resolve_rank
+from fastref.rendezvous.proving import Credentials, Proving, Provings, dial, visit
 from fastref.rendezvous.records import WorkerRecord
 from fastref.rendezvous.sentences import could_not_start
+from fastref.rendezvous.stream import StreamConnection
+from fastref.rendezvous.ways import Way, way_to
 
 __all__ = [
     "CLOSED",
@@ -41,11 +35,19 @@ __all__ = [
     "LINK_FAILED",
     "MEMBER_SUFFIX",
     "Connection",
+    "Credentials",
+    "Door",
     "Link",
     "Listener",
     "Membership",
     "Message",
+    "Proving",
+    "Provings",
     "Segments",
+    "StreamConnection",
+    "TcpLink",
+    "TcpListener",
+    "Way",
     "WorkerRecord",
     "answer_ask",
     "ask_members",
@@ -55,14 +57,17 @@ __all__ = [
     "check_rank",
     "check_same_build",
     "could_not_start",
+    "dial",
     "group_name",
     "is_open",
     "job_name",
     "join",
     "link_all",
     "link_members",
+    "open_door",
     "read_ask",
     "read_link_hello",
+    "read_stream_hello",
     "refuse",
     "register",
     "resolve_member_rank",
@@ -71,4 +76,6 @@ __all__ = [
     "tell_coordinator",
     "tell_members",
     "unregister",
+    "visit",
+    "way_to",
 ]

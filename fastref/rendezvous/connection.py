@@ -19,7 +19,7 @@ from typing import Any
 from fastref.errors import ProtocolError, ResourceError, UsageError
 from fastref.rendezvous.fields import parse_object, read_integer, read_list, read_object, read_text
 
-__all__ = ["Connection", "Message", "connect", "peer_of", "socket_address"]
+__all__ = ["MAX_MESSAGE_BYTES", "Connection", "Message", "connect", "parse_message", "peer_of", "socket_address"]
 
 MAX_MESSAGE_BYTES = 64 * 1024
 MAX_DESCRIPTORS = 16
@@ -59,7 +59,7 @@ class Connection:
     """A socket to a process of the same user, and a descriptor that tells when that process ends.
 
     Both are needed: a forked child of the peer keeps the socket open after the peer died, and a peer
-    that closed its socket may live on.
+    that closed its socket may live on. Of a process on another host, ``StreamConnection``, there is no descriptor, -1.
     """
 
     def __init__(self, sock: socket.socket, pid: int, pidfd: int) -> None:
@@ -108,22 +108,7 @@ class Connection:
                 f"a {kind!r} message of {len(data)} bytes and {len(descriptors)} descriptors is too large: "
                 f"{MAX_MESSAGE_BYTES} and {MAX_DESCRIPTORS} are allowed"
             )
-        fds = array.array("i", [fd for fd, _ in descriptors.values()])
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                return
-            except BlockingIOError:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise TimeoutError(f"process {self.pid} has not read its messages for {timeout_s:g} s") from None
-                _wait(self.socket.fileno(), select.POLLOUT, left_s)
-            except OSError as error:
-                if error.errno == errno.ETOOMANYREFS:
-                    raise ResourceError(f"too many descriptors are on their way to process {self.pid}") from error
-                raise
+        self._send(data, [fd for fd, _ in descriptors.values()], timeout_s)
 
     def receive_message(self) -> Message | None:
         """Return the next message, None when the peer has closed its end.
@@ -154,7 +139,7 @@ class Connection:
                     f"descriptors that process {self.pid} sent were lost: more than {MAX_DESCRIPTORS}, "
                     "or this process has too many files open"
                 )
-            return _parse_message(data, fds)
+            return parse_message(data, fds)
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -182,7 +167,8 @@ class Connection:
                     raise TimeoutError(f"process {self.pid} did not answer in time") from None
                 poller = select.poll()
                 poller.register(self.socket.fileno(), select.POLLIN)
-                poller.register(self.pidfd, select.POLLIN)
+                if self.pidfd >= 0:
+                    poller.register(self.pidfd, select.POLLIN)
                 ready = dict(poller.poll(min(left_s, _LONGEST_WAIT_S) * 1e3))
                 if self.pidfd in ready and self.socket.fileno() not in ready:
                     return None
@@ -190,8 +176,9 @@ class Connection:
     def is_gone(self) -> bool:
         """Return whether the peer has closed its end or its process has ended."""
         poller = select.poll()
-        poller.register(self.socket.fileno(), 0)
-        poller.register(self.pidfd, select.POLLIN)
+        poller.register(self.socket.fileno(), select.POLLRDHUP)
+        if self.pidfd >= 0:
+            poller.register(self.pidfd, select.POLLIN)
         return bool(poller.poll(0))
 
     def close(self) -> None:
@@ -203,6 +190,30 @@ class Connection:
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
+
+    def _send(self, data: bytes, fds: list[int], timeout_s: float) -> None:
+        """Send a message that has been checked, as ``send_message`` does."""
+        rights = array.array("i", fds)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                self._wait_for_room(deadline, timeout_s)
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS:
+                    raise ResourceError(f"too many descriptors are on their way to process {self.pid}") from error
+                raise
+
+    def _wait_for_room(self, deadline: float, timeout_s: float) -> None:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(f"process {self.pid} has not read its messages for {timeout_s:g} s") from None
+        poller = select.poll()
+        poller.register(self.socket.fileno(), select.POLLOUT)
+        poller.poll(min(left_s, _LONGEST_WAIT_S) * 1e3)
 
     def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
         return self.socket.recvmsg(
@@ -276,7 +287,14 @@ def socket_address(path: Path) -> Iterator[str]:
         os.close(directory)
 
 
-def _parse_message(data: bytes, fds: list[int]) -> Message:
+def parse_message(data: bytes, fds: list[int]) -> Message:
+    """Return the message in a JSON text and the descriptors that came with it.
+
+    Raises
+    ------
+    ProtocolError
+        Names the first field that is wrong; the descriptors are the caller's to close.
+    """
     envelope = parse_object(data)
     kind = read_text(envelope, "kind", most=64)
     body = read_object(envelope, "body")
@@ -301,9 +319,3 @@ def _received_descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return list(fds)
-
-
-def _wait(fd: int, events: int, timeout_s: float) -> None:
-    poller = select.poll()
-    poller.register(fd, events)
-    poller.poll(timeout_s * 1e3)

@@ -6,26 +6,20 @@ import functools
 import selectors
 import time
 from collections.abc import Callable
-from typing import Any
 
 from fastref.errors import ProtocolError, RendezvousError
 from fastref.rendezvous import sentences
-from fastref.rendezvous.connection import Connection, Message, connect
+from fastref.rendezvous.connection import Connection, Message
+from fastref.rendezvous.door import Door
 from fastref.rendezvous.fields import read_integer, read_object, read_text
-from fastref.rendezvous.links import (
-    CLOSED,
-    HEARD,
-    JOIN_FAILED,
-    MAGIC,
-    Listener,
-    check_same_build,
-    refusal_of,
-    refuse,
-)
+from fastref.rendezvous.hellos import CLOSED, HEARD, JOIN_FAILED, MAGIC, check_pid, check_same_build, refuse
+from fastref.rendezvous.listening import Listener
 from fastref.rendezvous.meeting import Meeting
+from fastref.rendezvous.proving import Provings
 from fastref.rendezvous.records import WorkerRecord, describe
+from fastref.rendezvous.rivals import Rivals
 
-__all__ = ["LINGER_S", "RECORDS_PER_MESSAGE", "RETURN_GRACE_S", "Coordinator", "join_hello"]
+__all__ = ["LINGER_S", "RECORDS_PER_MESSAGE", "RETURN_GRACE_S", "Coordinator"]
 
 RECORDS_PER_MESSAGE = 64
 """A record may take some hundred bytes, and a message has a bound."""
@@ -36,10 +30,9 @@ LINGER_S = 3.0
 # in which everybody is to be told is then for those who are still on their way.
 RETURN_GRACE_S = 2.5
 _LAST_CALL_S = 1.0
-# How long another coordinator of a full job is given to end before it counts as a second job of that name.
-RIVAL_GRACE_S = 2.0
-_RIVAL_RETRY_S = 0.05
 _LONGEST_WAIT_S = 0.2
+# How long the list of members may wait for room at one of them, who is on another host.
+_ROOM_S = 1.0
 
 
 class Coordinator:
@@ -49,14 +42,23 @@ class Coordinator:
     Rule 2: the rank and name of a worker that dies or leaves while it waits are free again, for a while.
     Rule 3: a worker that cannot start says why, and everybody is told.
     Rule 4: nonsense from a visitor is answered to that visitor and disturbs nobody else.
+    Rule 5: whether he came over the unix socket or through the TCP door makes no difference to him.
     """
 
     def __init__(
-        self, record: WorkerRecord, job: str, listener: Listener, meeting: Meeting, timeout_s: float, deadline: float
+        self,
+        record: WorkerRecord,
+        job: str,
+        listener: Listener,
+        meeting: Meeting,
+        timeout_s: float,
+        deadline: float,
+        door: Door | None = None,
     ) -> None:
         self._record = record
         self._job = job
         self._listener = listener
+        self._door = door
         self._meeting = meeting
         self._timeout_s = timeout_s
         self._deadline = deadline
@@ -64,10 +66,8 @@ class Coordinator:
         self._seats: dict[int, tuple[WorkerRecord, Connection]] = {}
         self._deserters: dict[int, tuple[WorkerRecord, float]] = {}
         self._visitors: set[Connection] = set()
-        self._rivals: dict[str, WorkerRecord] = {}
-        self._rival_calls: dict[str, Connection] = {}
-        self._buried: set[str] = set()
-        self._rival_retry = self._rival_deadline = 0.0
+        self._provings = Provings(self._selector)
+        self._rivals = Rivals(record, job, meeting, self._selector, self._provings, door, self._fail)
         self._sentence: str | None = None
         self._told_ranks = {record.rank}
         self._linger_s = LINGER_S
@@ -111,31 +111,32 @@ class Coordinator:
             self._close()
 
     def _open(self) -> None:
-        self._on(self._listener.fileno(), self._greet_visitors)
+        self._on(self._listener.fileno(), functools.partial(self._greet_visitors, self._listener))
+        if self._door is not None:
+            self._on(self._door.fileno(), functools.partial(self._greet_visitors, self._door))
         self._meeting.announce(self._record)
-        self._find_rivals()
-        self._rival_deadline = time.monotonic() + RIVAL_GRACE_S
-        self._call_rivals(time.monotonic())
+        self._rivals.begin()
 
     def _wait(self, deadline: float) -> None:
         left_s = max(0.0, deadline - time.monotonic())
-        for key, _ in self._selector.select(min(left_s, _RIVAL_RETRY_S if self._rivals else _LONGEST_WAIT_S)):
+        for key, _ in self._selector.select(min(left_s, self._rivals.patience_s, _LONGEST_WAIT_S)):
             # An earlier event of this batch may have closed it, and its number may be that of another by now.
             if self._selector.get_map().get(key.fd) is key:
                 key.data()
+        self._provings.expire()
+        if self._door is not None:
+            self._greet_visitors(self._door)  # it wants to be asked also when nothing happens
 
     def _look_around(self) -> None:
         now = time.monotonic()
         complaint = self._meeting.complaint()
         if complaint is not None:
             self._fail(complaint)
-        elif now >= self._deadline or (self._rivals and now >= self._rival_deadline):
+        elif now >= self._deadline or self._rivals.is_over(now):
             # Everybody had time to come and is told; to wait for more would be too long.
             self._linger_s = 0.0
             self._fail(self._roll_call())
-        elif self._rivals and now >= self._rival_retry:
-            self._call_rivals(now)
-        else:
+        elif not self._rivals.call_again(now):
             self._look_for_deserters(now)
 
     def _look_for_deserters(self, now: float) -> None:
@@ -148,14 +149,16 @@ class Coordinator:
 
     # Seats
 
-    def _greet_visitors(self) -> None:
-        while (visitor := self._listener.accept()) is not None:
+    def _greet_visitors(self, place: Listener | Door) -> None:
+        while (visitor := place.accept()) is not None:
             self._visitors.add(visitor)
             self._on(visitor.fileno(), functools.partial(self._read_visitor, visitor))
 
     def _read_visitor(self, visitor: Connection) -> None:
         try:
             message = visitor.receive_message()
+        except BlockingIOError:
+            return  # not all of it has come
         except ProtocolError as error:
             self._drop(visitor, str(error))
             return
@@ -182,6 +185,8 @@ class Coordinator:
     def _hear_failure(self, visitor: Connection, message: Message) -> None:
         if read_text(message.body, "magic") != MAGIC or read_text(message.body, "job") != self._job:
             raise ProtocolError("a worker of another job cannot start")
+        if read_integer(message.body, "epoch") != self._record.epoch:
+            raise ProtocolError(f"job {self._job!r} was restarted; a worker of another start of it cannot start")
         rank = read_integer(message.body, "rank", least=-1)
         fields = {"name": read_text(message.body, "name"), "rank": "unknown" if rank < 0 else rank, "pid": visitor.pid}
         cause = read_text(message.body, "cause")
@@ -194,7 +199,8 @@ class Coordinator:
         self._deserters.pop(record.rank, None)
         self._seats[record.rank] = (record, visitor)
         self._on(visitor.fileno(), functools.partial(self._read_seated, record))
-        self._on(visitor.pidfd, functools.partial(self._desert, record.rank))
+        if visitor.pidfd >= 0:
+            self._on(visitor.pidfd, functools.partial(self._desert, record.rank))
 
     def _examine(self, visitor: Connection, message: Message) -> WorkerRecord:
         """Return the record of a worker that may have the seat it wants.
@@ -208,10 +214,12 @@ class Coordinator:
         job = read_text(message.body, "job")
         if job != self._job:
             raise ProtocolError(f"worker {record} wants job {job!r}, this is job {self._job!r}")
-        if record.host != self._record.host:
+        if record.epoch != self._record.epoch:
+            newer = record.epoch > self._record.epoch  # it waits for the coordinator of its own start
+            raise ProtocolError(CLOSED if newer else sentences.other_life(self._job, record, self._record))
+        if record.host != self._record.host and visitor.pidfd >= 0:
             raise RendezvousError(sentences.other_host(record, self._record))
-        if record.pid != visitor.pid:
-            raise ProtocolError(f"field 'pid' says {record.pid}, the process at the other end is {visitor.pid}")
+        check_pid(visitor, record)
         if self._sentence is None:
             self._world_size = max(self._world_size, record.world_size)
             self._check_seat(record)
@@ -232,11 +240,21 @@ class Coordinator:
                 raise RendezvousError(sentences.duplicate(self._job, record, seated))
         if record.rank == mine.rank or record.name == mine.name:
             raise RendezvousError(sentences.duplicate(self._job, record, mine))
+        self._check_ways(record)
+
+    def _check_ways(self, record: WorkerRecord) -> None:
+        """Check that whoever will have to be asked for a link from another host listens for it: the lower rank."""
+        for seated in [self._record, *(seated for seated, _ in self._seats.values())]:
+            lower, higher = sorted((seated, record), key=lambda one: one.rank)
+            if lower.host != higher.host and not lower.endpoint:
+                raise RendezvousError(sentences.other_host(record, seated))
 
     def _read_seated(self, record: WorkerRecord) -> None:
         connection = self._seats[record.rank][1]
         try:
             message = connection.receive_message()
+        except BlockingIOError:
+            return  # not all of it has come
         except ProtocolError as error:
             self._desert(record.rank, str(error))
             return
@@ -255,7 +273,8 @@ class Coordinator:
 
     def _vacate(self, rank: int, sentence: str | None = None) -> None:
         _, connection = self._seats.pop(rank)
-        self._selector.unregister(connection.pidfd)
+        if connection.pidfd >= 0:
+            self._selector.unregister(connection.pidfd)
         self._drop(connection, sentence)
 
     def _tell_members(self) -> tuple[WorkerRecord, ...]:
@@ -263,8 +282,9 @@ class Coordinator:
         for _, connection in self._seats.values():
             for first in range(0, len(members), RECORDS_PER_MESSAGE):
                 part = [member.to_fields() for member in members[first : first + RECORDS_PER_MESSAGE]]
+                body = {"total": len(members), "first": first, "records": part}
                 try:
-                    connection.send_message("members", {"total": len(members), "first": first, "records": part})
+                    connection.send_message("members", body, timeout_s=_ROOM_S if connection.pidfd < 0 else 0.0)
                 except (ConnectionError, TimeoutError):
                     break  # it died this moment: whoever links the members finds out and names it
         return members
@@ -292,58 +312,10 @@ class Coordinator:
             self._wait(linger_deadline)
 
     def _roll_call(self) -> str:
-        for rival in self._rivals.values():
+        for rival in self._rivals:
             return sentences.already_running(self._job, self._record, rival)
         present = [self._record, *(record for record, _ in self._seats.values())]
         return sentences.roll_call(self._job, self._record.world_size, present, self._timeout_s)
-
-    # Rivals: other processes that claim to be rank 0
-
-    def _find_rivals(self) -> None:
-        for announcement in self._meeting.look():
-            rival = announcement.record
-            if rival.instance != self._record.instance and rival.instance not in self._buried:
-                self._rivals[rival.instance] = rival
-
-    def _call_rivals(self, now: float) -> None:
-        self._rival_retry = now + _RIVAL_RETRY_S
-        for rival in list(self._rivals.values()):
-            if rival.instance in self._rival_calls:
-                continue
-            try:
-                call = connect(rival.address)
-            except ConnectionError:
-                self._bury_rival(rival)
-                continue
-            self._rival_calls[rival.instance] = call
-            try:
-                call.send_message("join-hello", join_hello(self._record, self._job))
-            except ConnectionError:
-                pass  # it ended this moment, which reading its answer shows
-            self._on(call.fileno(), functools.partial(self._read_rival, rival))
-
-    def _read_rival(self, rival: WorkerRecord) -> None:
-        call = self._rival_calls.pop(rival.instance)
-        self._selector.unregister(call.fileno())
-        try:
-            message = call.receive_message()
-        finally:
-            call.close()
-        if message is None:
-            return  # it ended or left: the next call finds out
-        message.close()
-        duplicate = sentences.duplicate(self._job, self._record, rival)
-        sentence = refusal_of(message) if message.kind == "refused" else duplicate
-        # Closed: its job is full. It may be about to end, and this is the next job of that name.
-        if sentence != CLOSED and self._sentence is None:
-            self._fail(sentence)
-
-    def _bury_rival(self, rival: WorkerRecord) -> None:
-        del self._rivals[rival.instance]
-        self._buried.add(rival.instance)
-        self._meeting.announce(self._record, instead_of=rival)
-        # A store has one place, and a third process may have taken it first.
-        self._find_rivals()
 
     # Sockets
 
@@ -366,17 +338,6 @@ class Coordinator:
             self._drop(visitor, self._sentence or CLOSED)
         for _, connection in self._seats.values():
             connection.close()
-        for call in self._rival_calls.values():
-            call.close()
+        self._rivals.close()
+        self._provings.close()
         self._selector.close()
-
-
-def join_hello(record: WorkerRecord, job: str) -> dict[str, Any]:
-    """Return the body of the message with which a worker asks for its seat."""
-    return {
-        "magic": MAGIC,
-        "version": record.version,
-        "layout": record.layout,
-        "job": job,
-        "record": record.to_fields(),
-    }

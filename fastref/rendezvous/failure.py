@@ -13,7 +13,9 @@ from fastref.errors import RendezvousError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, connect
 from fastref.rendezvous.coordinator import LINGER_S, Coordinator
-from fastref.rendezvous.links import HEARD, JOIN_FAILED, LINK_FAILED, MAGIC, Listener, refusal_of
+from fastref.rendezvous.hellos import HEARD, JOIN_FAILED, LINK_FAILED, MAGIC, refusal_of
+from fastref.rendezvous.launchers import restart_count
+from fastref.rendezvous.listening import Listener
 from fastref.rendezvous.meeting import open_meeting
 from fastref.rendezvous.methods import claimed_numbers, job_name
 from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
@@ -90,7 +92,14 @@ def tell_neighbours(name: str, rank: int, listener: Listener, job: str, cause: s
     They are found in the directory where all listen, by whatever method they meet: a store may not be there, and
     what listens at its port may be anything, for whose answer the client of a store would wait for ever.
     """
-    body = {"magic": MAGIC, "job": job, "name": name, "rank": rank, "cause": cause[:_MAX_CAUSE_CHARACTERS]}
+    body = {
+        "magic": MAGIC,
+        "job": job,
+        "epoch": restart_count(),
+        "name": name,
+        "rank": rank,
+        "cause": cause[:_MAX_CAUSE_CHARACTERS],
+    }
     told = [_tell(str(path), JOIN_FAILED, body) for path in listener.directory.glob("*.sock") if path != listener.path]
     answers = _wait_until_heard([connection for connection in told if connection is not None], _ANSWER_S)
     return HEARD in answers

@@ -31,11 +31,11 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def read_text(fields: dict[str, Any], name: str, *, most: int = MAX_TEXT_CHARACTERS) -> str:
-    """Return the text in field ``name``, of one to ``most`` characters."""
+def read_text(fields: dict[str, Any], name: str, *, least: int = 1, most: int = MAX_TEXT_CHARACTERS) -> str:
+    """Return the text in field ``name``, of ``least`` to ``most`` characters."""
     value = _read(fields, name, str)
-    if not 1 <= len(value) <= most:
-        raise ProtocolError(f"field {name!r} must have 1 to {most} characters, it has {len(value)}")
+    if not least <= len(value) <= most:
+        raise ProtocolError(f"field {name!r} must have {least} to {most} characters, it has {len(value)}")
     return value
 
 

@@ -15,19 +15,9 @@ from fastref._core import failpoint
 from fastref.errors import ProtocolError, RendezvousError, UsageError, WorkerDied
 from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.fields import read_list, read_object
-from fastref.rendezvous.links import (
-    CLOSED,
-    GROUP_ASK,
-    LEAVING,
-    MAGIC,
-    MEMBER_SUFFIX,
-    STATIC_SUFFIX,
-    Link,
-    Listener,
-    Segments,
-    check_same_build,
-    refusal_of,
-)
+from fastref.rendezvous.hellos import CLOSED, GROUP_ASK, LEAVING, MAGIC, Segments, check_same_build, refusal_of
+from fastref.rendezvous.links import Link
+from fastref.rendezvous.listening import MEMBER_SUFFIX, STATIC_SUFFIX, Listener
 from fastref.rendezvous.methods import job_name
 from fastref.rendezvous.records import WorkerRecord
 

@@ -7,18 +7,23 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from fastref.errors import ProtocolError, RendezvousError, UsageError
+from fastref.errors import IdentityError, ProtocolError, RendezvousError, UsageError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, Message, connect
-from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, RETURN_GRACE_S, Coordinator, join_hello
+from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, RETURN_GRACE_S, Coordinator
+from fastref.rendezvous.door import Door
 from fastref.rendezvous.failure import tell_neighbours
 from fastref.rendezvous.fields import read_integer, read_list, read_text
-from fastref.rendezvous.links import CLOSED, Listener, refusal_of
+from fastref.rendezvous.hellos import CLOSED, join_hello, refusal_of
+from fastref.rendezvous.launchers import restart_count
+from fastref.rendezvous.listening import Listener
 from fastref.rendezvous.meeting import Announcement, Meeting, open_meeting
 from fastref.rendezvous.methods import job_name, resolve_rank
+from fastref.rendezvous.proving import visit
 from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
+from fastref.rendezvous.ways import way_to
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -34,6 +39,10 @@ _TELL_S = 3.0
 # its coordinator is asked whether it lives.
 _FULL_GRACE_S = 3.0
 _FULL_RETRY_S = 0.25
+# How long a coordinator on another host may take to answer, and how long one that does not prove itself, or to whom
+# there is no way, is tried again before everybody is told.
+_REACH_S = 3.0
+_MISSED_GRACE_S = 2.0
 
 
 class Membership:
@@ -76,13 +85,15 @@ def join(
     timeout_s: float = 60.0,
     store: Store | None = None,
     count: int = 0,
+    door: Door | None = None,
 ) -> Membership:
     """Meet the other workers of a job and agree on who is who. Rank 0 coordinates.
 
     Parameters
     ----------
     record : WorkerRecord
-        The calling worker; its rank and world size are replaced by what the arguments come to.
+        The calling worker; its rank, world size, endpoint and epoch are replaced by what the arguments, the door and
+        the environment come to.
     listener : Listener
         Where it is reached. For ``local://`` it lies in the job directory that all workers share:
         ``job_directory(run_root(), job_name(init_method))``.
@@ -98,6 +109,8 @@ def join(
         To be used instead of the one that ``init_method`` leads to.
     count : int
         How many joins this process made before; equal on all workers, it keeps the keys apart.
+    door : Door, optional
+        Where workers of other hosts reach it, and what it proves itself to them with; see ``open_door``.
 
     Returns
     -------
@@ -131,16 +144,19 @@ def join(
             # Another rank 0 may host one at this very port, and those who meet there would wait for one more.
             tell_neighbours(record.name, 0, listener, job, f"RendezvousError: {error}")
         raise
-    record = dataclasses.replace(record, rank=rank, world_size=world_size)
+    record = dataclasses.replace(
+        record, rank=rank, world_size=world_size, endpoint=door.endpoint if door else "", epoch=restart_count()
+    )
 
     if rank == 0:
-        members = Coordinator(record, job, listener, meeting, timeout_s, deadline).run()
+        members = Coordinator(record, job, listener, meeting, timeout_s, deadline, door).run()
     elif rank < world_size:
-        members = _Applicant(record, job, meeting, timeout_s, deadline, open_again if given is None else None).run()
+        again = open_again if given is None else None
+        members = _Applicant(record, job, meeting, timeout_s, deadline, door, again).run()
     else:
         # It can never get a seat. But the others wait for somebody, and only the coordinator can tell them why.
         try:
-            _Applicant(record, job, meeting, timeout_s, min(deadline, started + _TELL_S)).run()
+            _Applicant(record, job, meeting, timeout_s, min(deadline, started + _TELL_S), door).run()
         except RendezvousError as error:
             raise UsageError(f"rank {rank} of worker {record} is out of range: world_size is {world_size}") from error
         raise ProtocolError(f"the coordinator of job {job!r} gave worker {record} a seat that does not exist")
@@ -157,11 +173,13 @@ class _Applicant:
         meeting: Meeting,
         timeout_s: float,
         deadline: float,
+        door: Door | None,
         open_again: Callable[[float], Meeting] | None = None,
     ) -> None:
         self._record = record
         self._job = job
         self._meeting = meeting
+        self._door = door
         self._open_again = open_again
         self._timeout_s = timeout_s
         self._deadline = deadline
@@ -170,6 +188,7 @@ class _Applicant:
         self._lost_at = math.inf
         self._full_since: dict[str, float] = {}
         self._full_retry = 0.0
+        self._missed: dict[str, float] = {}  # instances of other hosts that were not reached, and since when
 
     def run(self) -> tuple[WorkerRecord, ...]:
         """Look for a coordinator that is alive and open until there is one or the time is up."""
@@ -184,11 +203,8 @@ class _Applicant:
                 members = self._ask(coordinator)
                 if members is not None:
                     return members
-                if coordinator.host != self._record.host:
-                    # Not reached, so not told by the coordinator and unable to tell it: leave word for it.
-                    sentence = sentences.other_host(self._record, coordinator)
-                    self._meeting.complain(sentence)
-                    raise RendezvousError(sentence)
+                if coordinator.host != self._record.host and not self._takes_tcp(coordinator):
+                    self._complain(sentences.other_host(self._record, coordinator))
                 pause_s = _FIRST_PAUSE_S
             if self._lost is not None and time.monotonic() >= self._lost_at + RETURN_GRACE_S:
                 raise RendezvousError(sentences.deserted(self._job, self._lost, self._record, RETURN_GRACE_S))
@@ -230,8 +246,8 @@ class _Applicant:
             return
         self._full_retry = now + _FULL_RETRY_S
         try:
-            connect(coordinator.address).close()
-        except ConnectionError:
+            self._visit(coordinator).close()
+        except (OSError, IdentityError):
             self._full_since.pop(coordinator.instance, None)  # it ended, and its announcement outlived it
             return
         if now >= self._full_since.setdefault(coordinator.instance, now) + _FULL_GRACE_S:
@@ -240,10 +256,14 @@ class _Applicant:
     def _ask(self, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
         """Ask for the seat and wait for the answer; None when this coordinator is not or no longer there."""
         try:
-            connection = connect(coordinator.address)
-        except ConnectionError:
+            connection = self._visit(coordinator)
+        except ConnectionRefusedError:
             self._last_seen = f"coordinator {coordinator} is dead"
             return None
+        except (OSError, IdentityError) as error:
+            self._miss(coordinator, error)
+            return None
+        self._missed.pop(coordinator.instance, None)
         self._lost, self._lost_at = None, math.inf
         try:
             connection.send_message("join-hello", join_hello(self._record, self._job))
@@ -257,6 +277,44 @@ class _Applicant:
             raise RendezvousError(self._ask_who_is_missing(connection, coordinator)) from None
         finally:
             connection.close()
+
+    def _takes_tcp(self, coordinator: WorkerRecord) -> bool:
+        """Return whether the coordinator is visited over TCP: it is on another host, and both are made for that."""
+        if coordinator.host == self._record.host:
+            return False
+        try:
+            way_to(self._record, coordinator)
+        except RendezvousError as error:
+            self._complain(str(error))
+        return self._door is not None and bool(coordinator.endpoint)
+
+    def _visit(self, coordinator: WorkerRecord) -> Connection:
+        """Return a connection to the coordinator; as ``connect`` or ``visit``."""
+        if self._door is None or not self._takes_tcp(coordinator):
+            return connect(coordinator.address)
+        deadline = min(self._deadline, time.monotonic() + _REACH_S)
+        return visit(coordinator.endpoint, self._door.credentials, deadline)
+
+    def _miss(self, coordinator: WorkerRecord, error: Exception) -> None:
+        """Try again for a while where a coordinator is announced that cannot be talked to; then tell it in writing."""
+        self._last_seen = f"coordinator {coordinator} was not reached: {error}"
+        if not self._takes_tcp(coordinator):
+            return
+        now = time.monotonic()
+        # It may end just now, or have turned this worker away because too many came at once.
+        if now < self._missed.setdefault(coordinator.instance, now) + _MISSED_GRACE_S and not isinstance(
+            error, TimeoutError
+        ):
+            time.sleep(_LONGEST_PAUSE_S)
+            return
+        if isinstance(error, IdentityError):
+            self._complain(sentences.unproved(self._job, self._record, coordinator, error))
+        self._complain(sentences.unreachable(self._job, self._record, coordinator, error))
+
+    def _complain(self, sentence: str) -> NoReturn:
+        """Leave word for a coordinator that was not reached, so not told, and cannot tell; and give up."""
+        self._meeting.complain(sentence)
+        raise RendezvousError(sentence)
 
     def _receive_members(self, connection: Connection, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
         members: list[WorkerRecord] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastref.errors import RendezvousError, UsageError
 from fastref.rendezvous.fields import parse_object, read_integer, read_object
+from fastref.rendezvous.launchers import restart_count
 from fastref.rendezvous.methods import LOCAL, open_store, scheme_of
 from fastref.rendezvous.records import WorkerRecord
 
@@ -196,7 +197,8 @@ def open_meeting(
     directory : Path
         The job directory, where ``local://`` jobs meet.
     init_method, rank, world_size, store, count
-        As ``join``; rank 0 may come to host the store.
+        As ``join``; rank 0 may come to host the store. A store that outlives a restart of the workers has other keys
+        for those who come after it.
     timeout_s : float
         How long the store may take to be there, in seconds; may be infinite.
 
@@ -217,7 +219,8 @@ def open_meeting(
 def _prefixed(store: Store, count: int) -> Store:
     from torch.distributed.distributed_c10d import PrefixStore
 
-    return PrefixStore(f"rpc_prefix_{count}", store)
+    epoch = restart_count()
+    return PrefixStore(f"rpc_prefix_{count}_restart_{epoch}" if epoch else f"rpc_prefix_{count}", store)
 
 
 def _store_failed(error: RuntimeError) -> RendezvousError:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlparse, urlunparse
 
 from fastref.errors import RendezvousError, UsageError
+from fastref.rendezvous.launchers import launch_settings, run_id, uses_slurm
+from fastref.rendezvous.ways import forced_transport
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -22,6 +24,7 @@ __all__ = [
     "claimed_numbers",
     "is_open",
     "job_name",
+    "store_host",
     "open_store",
     "resolve_member_rank",
     "resolve_rank",
@@ -29,7 +32,6 @@ __all__ = [
 ]
 
 LOCAL = "local"
-_FROM_ENVIRONMENT = (LOCAL, "env")
 # Waiting for ever is allowed, and a store wants a number.
 _LONGEST_STORE_TIMEOUT_S = 7 * 86400.0
 # It is only asked what is wrong, and says so at once.
@@ -55,13 +57,15 @@ def scheme_of(init_method: str) -> str:
 
 
 def job_name(init_method: str) -> str:
-    """Return a name for the job that is the same for all of its workers on this host."""
+    """Return a name for the job that is the same for all of its workers."""
     scheme = scheme_of(init_method)
     if scheme == LOCAL:
         return init_method.partition("://")[2]
+    place = init_method.partition("?")[0]
     if scheme == "env":
-        return f"env://{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-    return init_method.partition("?")[0]
+        settings = launch_settings()
+        place = f"env://{settings['MASTER_ADDR']}:{settings['MASTER_PORT']}"
+    return f"{place}#{run_id()}" if run_id() else place
 
 
 def check_numbers(rank: Any, world_size: Any) -> None:
@@ -140,7 +144,14 @@ def resolve_member_rank(init_method: str, rank: int = -1) -> int:
     if rank < 0:
         raise UsageError(f"{init_method} needs a rank of 0 or more: pass rank= to init_rpc or set RANK; got {rank}")
     if host is not None and not _is_this_host(host):
-        raise UsageError(f"{host!r} of {init_method} is not this host: workers of a group are on one host")
+        raise UsageError(
+            f"{host!r} of {init_method} is not this host: workers of a group of open size are on one host so far; "
+            "those of a job, to whom init_rpc is told a world_size, may be on several"
+        )
+    if forced_transport() == "tcp":
+        raise UsageError(
+            "FASTREF_TRANSPORT=tcp: workers of a group of open size (no world_size) use shared memory so far"
+        )
     return rank
 
 
@@ -148,9 +159,18 @@ def _host_of(init_method: str) -> str | None:
     """Return where the store of an init method listens; "": that is missing; None: it has no such place."""
     scheme = scheme_of(init_method)
     if scheme == "env":
-        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-        return host if port else ""
+        settings = launch_settings()
+        return settings["MASTER_ADDR"] if settings["MASTER_PORT"] else ""
     return urlparse(init_method).hostname or "" if scheme == "tcp" else None
+
+
+def store_host(init_method: str, store: Store | None = None) -> str | None:
+    """Return where the store of a job listens, None where that is not known."""
+    if store is None:
+        return _host_of(init_method) or None
+    while store is not None and not isinstance(getattr(store, "host", None), str):
+        store = getattr(store, "underlying_store", None)
+    return getattr(store, "host", None)
 
 
 def _is_this_host(host: str) -> bool:
@@ -178,6 +198,9 @@ def open_store(init_method: str, rank: int, world_size: int, timeout_s: float) -
     """
     from torch.distributed.rendezvous import rendezvous
 
+    if scheme_of(init_method) == "env" and uses_slurm():
+        place = launch_settings()  # torch's own env:// does not know Slurm
+        init_method = f"tcp://{place['MASTER_ADDR']}:{place['MASTER_PORT']}"
     scheme = scheme_of(init_method)
     timeout = timedelta(seconds=min(timeout_s, _LONGEST_STORE_TIMEOUT_S))
     parts = urlparse(init_method)
@@ -212,8 +235,12 @@ def _wait_for_directory_of(file: Path, init_method: str, timeout_s: float) -> No
 
 def _settings(init_method: str) -> dict[str, str]:
     """Return the texts from which rank and world size are read where the arguments lack them."""
-    if scheme_of(init_method) in _FROM_ENVIRONMENT:
+    scheme = scheme_of(init_method)
+    if scheme == LOCAL:
         return {"rank": os.environ.get("RANK", ""), "world_size": os.environ.get("WORLD_SIZE", "")}
+    if scheme == "env":
+        settings = launch_settings()
+        return {"rank": settings["RANK"], "world_size": settings["WORLD_SIZE"]}
     return dict(parse_qsl(urlparse(init_method).query))
 
 

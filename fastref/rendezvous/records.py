@@ -10,6 +10,7 @@ from typing import Any
 from fastref.errors import ProtocolError, UsageError
 from fastref.options import check_worker_name
 from fastref.rendezvous.fields import parse_object, read_integer, read_text
+from fastref.rendezvous.stream import parse_endpoint
 
 __all__ = ["WorkerRecord", "describe"]
 
@@ -46,6 +47,10 @@ class WorkerRecord:
         Where it runs: equal texts can share pids and memory.
     incarnation : int
         How many workers of the group had its rank before.
+    endpoint : str
+        ``address:port`` where it listens for workers of other hosts, "" when it does not.
+    epoch : int
+        How often its job was restarted before.
     """
 
     name: str
@@ -59,6 +64,8 @@ class WorkerRecord:
     bits: int
     host: str
     incarnation: int = 0
+    endpoint: str = ""
+    epoch: int = 0
 
     def __str__(self) -> str:
         return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
@@ -90,6 +97,12 @@ class WorkerRecord:
         address = read_text(fields, "address")
         if not address.startswith("/") or "\0" in address:
             raise ProtocolError(f"field 'address' must be an absolute path, it is {address!r}")
+        endpoint = read_text(fields, "endpoint", least=0, most=100)
+        if endpoint:
+            try:
+                parse_endpoint(endpoint)
+            except ProtocolError as error:
+                raise ProtocolError(f"field 'endpoint': {error}") from error
         return cls(
             name=name,
             rank=read_integer(fields, "rank", most=2**31 - 1),
@@ -102,6 +115,8 @@ class WorkerRecord:
             bits=read_integer(fields, "bits", most=64),
             host=read_text(fields, "host", most=512),
             incarnation=read_integer(fields, "incarnation", most=(1 << 12) - 1),
+            endpoint=endpoint,
+            epoch=read_integer(fields, "epoch"),
         )
 
     @classmethod

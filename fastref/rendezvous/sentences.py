@@ -11,11 +11,16 @@ __all__ = [
     "could_not_start",
     "deserted",
     "duplicate",
+    "forced_apart",
     "full",
+    "not_listening",
     "orphaned",
     "other_host",
+    "other_life",
     "out_of_range",
     "roll_call",
+    "unproved",
+    "unreachable",
     "world_sizes_differ",
 ]
 
@@ -42,10 +47,51 @@ def out_of_range(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> s
 
 
 def other_host(one: WorkerRecord, other: WorkerRecord) -> str:
-    """Return the sentence for two workers that cannot share memory."""
+    """Return the sentence for two workers that cannot share memory, where one does not listen for other hosts."""
     return (
-        f"worker {one} runs on {one.host} and worker {other} on {other.host}: "
-        "only workers of one host (and one pid namespace) are supported so far"
+        f"worker {one} runs on {one.host} and worker {other} on {other.host}: only workers of one host (and one pid "
+        "namespace) share memory, and to meet over TCP all of them need the same token: set FASTREF_TOKEN, or "
+        "FASTREF_TOKEN_FILE, for all workers"
+    )
+
+
+def forced_apart(one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for two workers on different hosts, one of which is to use nothing but shared memory."""
+    return (
+        f"worker {one} runs on {one.host} and worker {other} on {other.host}, and FASTREF_TRANSPORT=shm is set: "
+        "workers of different hosts share no memory; unset it"
+    )
+
+
+def not_listening(one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for a worker that is to be reached over TCP and does not listen."""
+    return (
+        f"worker {one} has to reach worker {other} over TCP, and one of them does not listen: set FASTREF_TRANSPORT="
+        "tcp for all workers or for none"
+    )
+
+
+def unreachable(job: str, worker: WorkerRecord, other: WorkerRecord, trouble: object) -> str:
+    """Return the sentence for a worker that listens where another cannot reach it."""
+    return (
+        f"worker {worker} of job {job!r} cannot reach worker {other} at {other.endpoint}: {trouble}; FASTREF_ADDRESS "
+        "or FASTREF_INTERFACE chooses another address for a host"
+    )
+
+
+def unproved(job: str, worker: WorkerRecord, other: WorkerRecord, trouble: object) -> str:
+    """Return the sentence for two workers that do not take each other for members of one job."""
+    return (
+        f"worker {worker} of job {job!r} and worker {other} at {other.endpoint} did not prove themselves to each "
+        f"other: {trouble}; all workers of a job need the same FASTREF_TOKEN"
+    )
+
+
+def other_life(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:
+    """Return the sentence for a worker that was there before its job was restarted."""
+    return (
+        f"job {job!r} was restarted: worker {worker} is of start {worker.epoch}, and coordinator {coordinator} of "
+        f"start {coordinator.epoch}; it cannot join"
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
@@ -33,6 +33,7 @@ from fastref.rendezvous import (
     Listener,
     Membership,
     Segments,
+    TcpLink,
     WorkerRecord,
     ask_members,
     check_no_group,
@@ -257,7 +258,7 @@ class Runtime(GroupKeeper):
         )
         self._wait_for_greetings(self._begin_to_serve(), deadline)
 
-    def _link(self, make: Callable[[Callable[[WorkerRecord], Segments]], dict[int, Link]]) -> None:
+    def _link(self, make: Callable[[Callable[[WorkerRecord], Segments]], Mapping[int, Link | TcpLink]]) -> None:
         """Have ``make`` make the links; it is given what makes the segments for one peer, its ring among them."""
         assert self._memory is not None
         memory = self._memory
@@ -269,7 +270,7 @@ class Runtime(GroupKeeper):
             return memory.for_peer(rings[peer.rank])
 
         try:
-            self._links = make(segments_for)
+            self._links = {rank: link for rank, link in make(segments_for).items() if isinstance(link, Link)}
         finally:
             for fd in rings.values():
                 os.close(fd)

@@ -1,0 +1,275 @@
+"""TCP connections whose two ends have not both proved themselves: driven from a loop, few at a time, not for long."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import selectors
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastref.errors import IdentityError
+from fastref.identity import DEFAULT_TIMEOUT_S, Handshake, Token
+from fastref.rendezvous.stream import StreamConnection, parse_endpoint, tune
+
+__all__ = ["Credentials", "Proving", "Provings", "dial", "visit"]
+
+PROTOCOL = "tcp 1"
+"""What two workers have to have in common to talk at all; that they run the same version is said in what follows."""
+
+_LONGEST_WAIT_S = 3600.0  # deadlines may be infinite, the argument of poll may not
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What both ends of a connection have to have.
+
+    Parameters
+    ----------
+    token : Token
+        The secret of the job.
+    job : str
+        Its name.
+    epoch : int
+        How often it was restarted.
+    """
+
+    token: Token
+    job: str
+    epoch: int
+
+    def handshake(self, *, asks: bool) -> Handshake:
+        """Return a new proof for one connection."""
+        return Handshake(self.token, asks=asks, job=self.job, epoch=self.epoch, version=PROTOCOL)
+
+
+class Proving:
+    """One connection until both ends have proved themselves. It never waits.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Does not block. It may still be connecting.
+    credentials : Credentials
+    asks : bool
+        Whether this end has connected.
+    deadline : float
+        On the clock of ``time.monotonic``; whoever drives it looks at it.
+    """
+
+    def __init__(self, sock: socket.socket, credentials: Credentials, *, asks: bool, deadline: float) -> None:
+        self.socket = sock
+        self.deadline = deadline
+        self._asks = asks
+        self._handshake = credentials.handshake(asks=asks)
+        self._outgoing = b""
+        self._incoming = b""
+        self._connecting = asks
+        self._made_by = os.getpid()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket, -1 when closed."""
+        return self.socket.fileno()
+
+    @property
+    def events(self) -> int:
+        """What to wait for before ``advance``, as for selectors."""
+        return selectors.EVENT_WRITE if self._connecting or self._outgoing else selectors.EVENT_READ
+
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting; True when both ends have proved themselves.
+
+        Not one byte beyond the handshake is read.
+
+        Raises
+        ------
+        IdentityError
+            The other end has not proved itself, or does not take the proof of this one.
+        ConnectionError
+            The connection cannot be made, or has ended before the other end said who it is.
+        """
+        try:
+            if self._connecting and not self._connect():
+                return False
+            return self._shake_hands()
+        except IdentityError:
+            with contextlib.suppress(OSError):  # one who is refused may know which version runs here
+                self.socket.send(self._handshake.to_send())
+            raise
+        except OSError as error:
+            if self._asks and self._handshake.met:
+                raise IdentityError(
+                    "the other end closed the connection when this one had proved itself: its token, job name or "
+                    "restart count differs, or it has just ended"
+                ) from error
+            if isinstance(error, ConnectionError):
+                raise
+            raise ConnectionAbortedError(error.strerror or str(error)) from error
+
+    def connection(self) -> StreamConnection:
+        """Return the connection, once both ends have proved themselves; it takes the place of this."""
+        return StreamConnection(self.socket)
+
+    def close(self) -> None:
+        """Hang up without a word; idempotent."""
+        if os.getpid() == self._made_by:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+    def _connect(self) -> bool:
+        poller = select.poll()
+        poller.register(self.socket.fileno(), select.POLLOUT)
+        if not poller.poll(0):
+            return False
+        trouble = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if trouble:
+            raise OSError(trouble, os.strerror(trouble))
+        self._connecting = False
+        return True
+
+    def _shake_hands(self) -> bool:
+        try:
+            while True:
+                self._outgoing += self._handshake.to_send()
+                while self._outgoing:
+                    self._outgoing = self._outgoing[self.socket.send(self._outgoing) :]
+                if self._handshake.done:
+                    return True
+                missing = self._handshake.wants - len(self._incoming)
+                received = self.socket.recv(missing)
+                if not received:
+                    raise ConnectionResetError("the other end closed the connection before it had proved itself")
+                self._incoming += received
+                if len(received) == missing:
+                    whole, self._incoming = self._incoming, b""
+                    self._handshake.feed(whole)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+
+
+class Provings:
+    """The provings that are under way in somebody's loop, whose selector holds callables.
+
+    Beyond ``most`` the oldest is dropped: nobody can keep others out by saying nothing.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, most: int | None = None) -> None:
+        self._selector = selector
+        self._most = most
+        self._under_way: dict[Proving, Callable[[Exception], None]] = {}
+
+    def start(
+        self,
+        proving: Proving,
+        proved: Callable[[StreamConnection], None],
+        failed: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        """Have one of the two called from the loop: with the connection, or, it being closed, with the reason."""
+        if self._most is not None and len(self._under_way) >= self._most:
+            self._end(next(iter(self._under_way)), ConnectionAbortedError("others came after it"))
+
+        def go_on() -> None:
+            try:
+                if not proving.advance():
+                    self._selector.modify(proving.fileno(), proving.events, go_on)
+                    return
+            except (IdentityError, OSError) as error:
+                self._end(proving, error)
+                return
+            del self._under_way[proving]
+            self._selector.unregister(proving.fileno())
+            proved(proving.connection())
+
+        self._under_way[proving] = failed
+        self._selector.register(proving.fileno(), proving.events, go_on)
+
+    def expire(self) -> None:
+        """Drop those who have had their time."""
+        now = time.monotonic()
+        for proving in [proving for proving in self._under_way if now >= proving.deadline]:
+            self._end(proving, TimeoutError("the other end did not prove itself in time"))
+
+    def close(self) -> None:
+        """Drop all, also in a forked child, which does not touch the selector that it shares with its parent."""
+        for proving in self._under_way:
+            proving.close()
+        self._under_way.clear()
+
+    def _end(self, proving: Proving, error: Exception) -> None:
+        failed = self._under_way.pop(proving)
+        self._selector.unregister(proving.fileno())
+        proving.close()
+        failed(error)
+
+
+def dial(endpoint: str, credentials: Credentials, deadline: float) -> Proving:
+    """Begin to connect and to prove oneself to the worker that listens at ``endpoint``.
+
+    Parameters
+    ----------
+    endpoint : str
+        ``address:port``.
+    credentials : Credentials
+    deadline : float
+        On the clock of ``time.monotonic``; five seconds have to do in any case.
+
+    Raises
+    ------
+    ConnectionError
+        It is known at once that nobody can be reached there.
+    ProtocolError
+        It is no endpoint.
+    """
+    address, port = parse_endpoint(endpoint)
+    family, kind, protocol, _, target = socket.getaddrinfo(
+        address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )[0]
+    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+    try:
+        tune(sock)
+        trouble = sock.connect_ex(target)
+        if trouble not in (0, errno.EINPROGRESS):
+            raise ConnectionRefusedError(trouble, f"{os.strerror(trouble)}: {endpoint}")
+        limit = time.monotonic() + DEFAULT_TIMEOUT_S
+        return Proving(sock, credentials, asks=True, deadline=min(deadline, limit))
+    except BaseException:
+        sock.close()
+        raise
+
+
+def visit(endpoint: str, credentials: Credentials, deadline: float) -> StreamConnection:
+    """Connect to the worker at ``endpoint`` and wait until both have proved themselves.
+
+    Parameters
+    ----------
+    endpoint, credentials, deadline
+        As for ``dial``.
+
+    Raises
+    ------
+    IdentityError, ConnectionError
+        As ``Proving.advance``.
+    TimeoutError
+        The other end cannot be reached, or said too little, within the time.
+    """
+    proving = dial(endpoint, credentials, deadline)
+    try:
+        while not proving.advance():
+            left_s = proving.deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"nobody answered at {endpoint} within {DEFAULT_TIMEOUT_S:g} s")
+            poller = select.poll()
+            poller.register(
+                proving.fileno(), select.POLLOUT if proving.events == selectors.EVENT_WRITE else select.POLLIN
+            )
+            poller.poll(min(left_s, _LONGEST_WAIT_S) * 1e3)
+        return proving.connection()
+    except BaseException:
+        proving.close()
+        raise

@@ -1,0 +1,85 @@
+"""Which way two workers take to each other: shared memory within a host, TCP between hosts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastref.errors import RendezvousError, UsageError
+from fastref.rendezvous import sentences
+from fastref.rendezvous.records import WorkerRecord
+
+__all__ = ["SHM", "TCP", "TRANSPORT_VARIABLE", "Way", "forced_transport", "way_taken", "way_to"]
+
+TRANSPORT_VARIABLE = "FASTREF_TRANSPORT"
+_KINDS = ("shm", "tcp")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a worker is reached.
+
+    Parameters
+    ----------
+    kind : str
+        ``shm`` or ``tcp``.
+    why : str
+        In a few words; "" where it goes without saying.
+    """
+
+    kind: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.why}" if self.why else self.kind
+
+
+SHM, TCP = Way("shm"), Way("tcp")
+
+
+def forced_transport(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return what ``FASTREF_TRANSPORT`` says, None when the workers choose for themselves.
+
+    Raises
+    ------
+    UsageError
+        It says something else than ``shm`` or ``tcp``.
+    """
+    forced = environ.get(TRANSPORT_VARIABLE, "")
+    if forced and forced not in _KINDS:
+        raise UsageError(f"{TRANSPORT_VARIABLE} is shm or tcp, or unset to let the workers choose; it is {forced!r}")
+    return forced or None
+
+
+def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] = os.environ) -> Way:
+    """Return the way from one worker to another.
+
+    Parameters
+    ----------
+    mine, theirs : WorkerRecord
+        Equal hosts can share pids and memory.
+    environ : mapping
+        Its ``FASTREF_TRANSPORT`` forces one way.
+
+    Raises
+    ------
+    RendezvousError
+        Shared memory is forced, and the two are on different hosts.
+    UsageError
+        As ``forced_transport``.
+    """
+    forced = forced_transport(environ)
+    if mine.host != theirs.host:
+        if forced == "shm":
+            raise RendezvousError(sentences.forced_apart(mine, theirs))
+        return Way("tcp", "another host")
+    if forced is not None:
+        return Way(forced, TRANSPORT_VARIABLE)
+    return SHM
+
+
+def way_taken(mine: WorkerRecord, theirs: WorkerRecord, kind: str) -> Way:
+    """Return the way that another worker has come: by his own choice, but mostly for the reason that is known here."""
+    way = way_to(mine, theirs)
+    return way if way.kind == kind else Way(kind, "the other end came that way")
