@@ -26,7 +26,7 @@ from fastref.rendezvous.proving import Credentials, Proving, Provings, dial, vis
 from fastref.rendezvous.records import WorkerRecord
 from fastref.rendezvous.sentences import could_not_start
 from fastref.rendezvous.stream import StreamConnection
-from fastref.rendezvous.ways import Way, way_to
+from fastref.rendezvous.ways import Way, place_of, way_to
 
 __all__ = [
     "CLOSED",
@@ -65,6 +65,7 @@ __all__ = [
     "link_all",
     "link_members",
     "open_door",
+    "place_of",
     "read_ask",
     "read_link_hello",
     "read_stream_hello",

@@ -51,6 +51,8 @@ class WorkerRecord:
         ``address:port`` where it listens for workers of other hosts, "" when it does not.
     epoch : int
         How often its job was restarted before.
+    entries : int
+        Of its reference table.
     """
 
     name: str
@@ -65,6 +67,7 @@ class WorkerRecord:
     host: str
     incarnation: int = 0
     endpoint: str = ""
+    entries: int = 1 << 18
     epoch: int = 0
 
     def __str__(self) -> str:
@@ -116,6 +119,7 @@ class WorkerRecord:
             host=read_text(fields, "host", most=512),
             incarnation=read_integer(fields, "incarnation", most=(1 << 12) - 1),
             endpoint=endpoint,
+            entries=_entries(fields),
             epoch=read_integer(fields, "epoch"),
         )
 
@@ -123,6 +127,13 @@ class WorkerRecord:
     def from_json(cls, data: bytes) -> WorkerRecord:
         """Return the record in a JSON text; as ``from_fields``."""
         return cls.from_fields(parse_object(data))
+
+
+def _entries(fields: dict[str, Any]) -> int:
+    entries = read_integer(fields, "entries", least=64, most=1 << 24)
+    if entries % 64:
+        raise ProtocolError(f"field 'entries' must be a multiple of 64, it is {entries}")
+    return entries
 
 
 def describe(fields: dict[str, Any]) -> str:

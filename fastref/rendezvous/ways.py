@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from fastref.errors import RendezvousError, UsageError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.records import WorkerRecord
+from fastref.segments import host_identity
 
-__all__ = ["SHM", "TCP", "TRANSPORT_VARIABLE", "Way", "forced_transport", "way_taken", "way_to"]
+__all__ = ["SHM", "TCP", "TRANSPORT_VARIABLE", "Way", "forced_transport", "place_of", "way_taken", "way_to"]
 
 TRANSPORT_VARIABLE = "FASTREF_TRANSPORT"
 _KINDS = ("shm", "tcp")
@@ -70,13 +71,22 @@ def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] 
         As ``forced_transport``.
     """
     forced = forced_transport(environ)
+    if forced == "tcp":
+        return Way("tcp", TRANSPORT_VARIABLE)
     if mine.host != theirs.host:
         if forced == "shm":
             raise RendezvousError(sentences.forced_apart(mine, theirs))
         return Way("tcp", "another host")
-    if forced is not None:
-        return Way(forced, TRANSPORT_VARIABLE)
-    return SHM
+    return SHM if forced is None else Way("shm", TRANSPORT_VARIABLE)
+
+
+def place_of(instance: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return a text that is equal for two workers only when memory is to be shared between them.
+
+    Everybody in a job can tell so of any two others. ``FASTREF_TRANSPORT=tcp`` makes a worker an island.
+    """
+    place = f"{host_identity()}:{os.geteuid()}"
+    return f"{place}:{instance}" if forced_transport(environ) == "tcp" else place
 
 
 def way_taken(mine: WorkerRecord, theirs: WorkerRecord, kind: str) -> Way:

@@ -279,7 +279,7 @@ cdef class Post(Wiring):
             head.payload = size if payload != NULL else head_size - sizeof(fr_frame) - head.forks_size
             memcpy(start, head, sizeof(fr_frame))
             if peer.is_far and head.deadline_ns:  # its clock is another one: what is left goes
-                (<fr_frame*>start).deadline_ns = max(head.deadline_ns - fr_now_ns(), 1)
+                (<fr_frame*>start).deadline_ns = max(head.deadline_ns - fr_now_ns(), <int64_t>1)
             if head.forks_size:
                 memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
             position = SENT_FULL

@@ -22,13 +22,14 @@ from fastref.channels.inproc import InprocChannel
 from fastref.channels.shm import RING_SIZE, ShmChannel
 from fastref.channels.slots import PeerSlots, ResponseSlots
 from fastref.codec import mainmodule
-from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, WorkerDied
+from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, UsageError, WorkerDied
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
 from fastref.protocol.membership import generations_of
 from fastref.rendezvous import (
     LEAVING,
     LINK_FAILED,
     MEMBER_SUFFIX,
+    Door,
     Link,
     Listener,
     Membership,
@@ -47,18 +48,21 @@ from fastref.rendezvous import (
     join,
     link_all,
     link_members,
+    open_door,
+    place_of,
     resolve_member_rank,
     take_turn,
     tell_coordinator,
     tell_members,
 )
 from fastref.rendezvous.fields import read_text
+from fastref.runtime.abroad import Abroad, mirror_of
 from fastref.runtime.blocks import BlockExchange
 from fastref.runtime.groups import GroupKeeper
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
 from fastref.runtime.monitor import PERIOD_S, Monitor
 from fastref.runtime.peer import Peer
-from fastref.segments import InstanceLock, host_identity, job_directory, run_root, sweep
+from fastref.segments import InstanceLock, job_directory, run_root, sweep
 from fastref.segments.shared import SharedBlock
 from fastref.wire.kinds import Kind
 
@@ -66,6 +70,7 @@ __all__ = ["Runtime"]
 
 logger = logging.getLogger("fastref")
 
+SILENCE_S = 15.0  # after which a worker of another host counts as dead
 LOOPBACK_ROOM = 4096  # records that may be under way to ourselves
 IDS_BITS = 36  # of a worker's ids are its own count; the bits above tell it from others who had its rank
 
@@ -110,6 +115,9 @@ class Runtime(GroupKeeper):
         self.bits = options.table_bits
         self.main_digest = mainmodule.fingerprint()
         self._links: dict[int, Link] = {}
+        self._far_links: dict[int, TcpLink] = {}
+        self._door: Door | None = None
+        self._abroad: Abroad | None = None
         self._closing = threading.Lock()
         self._ended = threading.Lock()
         self._monitor: Monitor | None = None
@@ -150,9 +158,10 @@ class Runtime(GroupKeeper):
         check_numbers(rank, world_size)
         check_no_group(self._listener, has_left_one=count > 0)
         self._memory = OwnMemory(self._lock, options)
+        self._door = open_door(self._listener, options.init_method, store, token=options.token)
         self._membership = join(
             self._describe(name), self._listener, options.init_method, rank, world_size, options.rpc_timeout, store,
-            count,
+            count, self._door,
         )  # fmt: skip
         failpoint("rendezvous.joined")
         self.record = record = self._membership.record
@@ -214,7 +223,8 @@ class Runtime(GroupKeeper):
         assert self._listener is not None
         return WorkerRecord(
             name=name, rank=0, pid=os.getpid(), instance=self._lock.instance, address=str(self._listener.path),
-            world_size=1, version=__version__, layout=LAYOUT, bits=self.options.table_bits, host=host_identity(),
+            world_size=1, version=__version__, layout=LAYOUT, bits=self.options.table_bits,
+            host=place_of(self._lock.instance), entries=self.options.table_capacity,
         )  # fmt: skip
 
     def _tell_others(
@@ -254,8 +264,12 @@ class Runtime(GroupKeeper):
         assert self._membership is not None and self._listener is not None
         listener, membership = self._listener, self._membership
         self._link(
-            lambda segments_for: link_all(membership.record, membership.members, listener, segments_for, deadline)
+            lambda segments_for: link_all(
+                membership.record, membership.members, listener, segments_for, deadline, self._door
+            )
         )
+        if self._door is not None:  # all have come
+            self._door.close()
         self._wait_for_greetings(self._begin_to_serve(), deadline)
 
     def _link(self, make: Callable[[Callable[[WorkerRecord], Segments]], Mapping[int, Link | TcpLink]]) -> None:
@@ -270,7 +284,11 @@ class Runtime(GroupKeeper):
             return memory.for_peer(rings[peer.rank])
 
         try:
-            self._links = {rank: link for rank, link in make(segments_for).items() if isinstance(link, Link)}
+            for rank, link in make(segments_for).items():
+                if isinstance(link, TcpLink):
+                    self._far_links[rank] = link
+                else:
+                    self._links[rank] = link
         finally:
             for fd in rings.values():
                 os.close(fd)
@@ -286,11 +304,13 @@ class Runtime(GroupKeeper):
         myself = Peer(
             self.rank, self.info, os.getpid(), InprocChannel(self.inbox, self.rank, room=LOOPBACK_ROOM),
             PeerSlots(memory.slots, SLOTS), self.table.holder,
-            arena, self.bits, record.incarnation, generations,
+            arena, self.bits, record.incarnation, generations, sys.intern(record.host),
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
+        self._abroad = abroad = Abroad(self.inbox, SILENCE_S, self._gone_abroad)
         linked = [self.peer_over(link) for link in self._links.values()]
+        linked += [self._peer_abroad(link, abroad) for link in self._far_links.values()]
         for peer in linked:
             self.meet(peer)
         self._monitor = Monitor(
@@ -310,6 +330,7 @@ class Runtime(GroupKeeper):
         self._before_serving(self)  # functions that peers call here may make calls of their own
         self.start_threads()
         self._monitor.start()
+        abroad.begin()
         for peer in linked:
             self.tell(peer, Kind.GREETING, self.main_digest)
         failpoint("rendezvous.greeting")
@@ -342,8 +363,25 @@ class Runtime(GroupKeeper):
         return Peer(
             record.rank, WorkerInfo(record.name, record.rank), record.pid,
             ShmChannel(theirs.ring, RING_SIZE, theirs.bell, self.rank), PeerSlots(theirs.slots, theirs.slot_count),
-            holder, arena, theirs.bits, record.incarnation, generations,
+            holder, arena, theirs.bits, record.incarnation, generations, sys.intern(record.host),
         )  # fmt: skip
+
+    def _peer_abroad(self, link: TcpLink, abroad: Abroad) -> Peer:
+        """Return the worker at the other end of a TCP connection, with which no memory is shared."""
+        record = link.record
+        # Of two that could share memory, but could not reach each other, each is alone for the other.
+        host = record.host if record.host != self.record.host else f"{record.host}:{record.instance}"
+        return Peer(
+            record.rank, WorkerInfo(record.name, record.rank), record.pid, abroad.add(record.rank, link.take_socket()),
+            None, mirror_of(record.entries), None, record.bits, record.incarnation, host=sys.intern(host),
+        )  # fmt: skip
+
+    def _gone_abroad(self, rank: int, reason: str, left: bool) -> None:
+        """The connection to a worker of another host has ended."""
+        if left:
+            self.peers[rank].left = True
+        if not self.peers[rank].is_dead:
+            self.on_death(rank, reason)
 
     # ---- what the room below asks for
 
@@ -363,11 +401,18 @@ class Runtime(GroupKeeper):
 
     def hand_blocks(self, peer: Peer, blocks: list[SharedBlock]) -> None:
         assert self._memory is not None
+        if blocks and peer.is_far:
+            raise UsageError(
+                f"memory that several write cannot be shared with worker {peer.name!r}, which is reached over TCP: "
+                "send a copy of the tensor (tensor.clone())"
+            )
         for block in blocks:
             if not self.blocks.hand(None if peer.rank == self.rank else peer.rank, block):
                 self._memory.files.count_unannounced()  # the clock goes on sending
 
     def take_blocks_back(self, peer: Peer, blocks: list[SharedBlock]) -> None:
+        if peer.is_far:
+            return
         for block in blocks:
             self.blocks.take_back(None if peer.rank == self.rank else peer.rank, block)
 
@@ -399,6 +444,8 @@ class Runtime(GroupKeeper):
             self.peers[rank].detach()  # the peer, if it lives, will use again what we lease
             link.close()
             self.on_death(rank, reason)
+        elif self.peers[rank].is_far and self._abroad is not None and not self.peers[rank].is_dead:
+            self.on_death(rank, reason)  # closes the channel, of which nothing is said any more then
 
     def _on_message(self, rank: int, kind: str, body: dict, descriptors: dict) -> None:
         for fd, _ in descriptors.values():
@@ -546,11 +593,19 @@ class Runtime(GroupKeeper):
                     link.send_message(LEAVING, {})
                 except PeerError:
                     pass  # it has left, or died, before us
+        if self._abroad is not None:
+            self._abroad.leave()
 
     def _release(self) -> None:
         """Give back everything that others could see. What this process has mapped stays while handles use it."""
         if self._monitor is not None:
             self._monitor.stop()
+        if self._abroad is not None:
+            self._abroad.close()
+        for far in self._far_links.values():
+            far.close()
+        if self._door is not None:
+            self._door.close()
         self.send_visitors_away()
         with self._closing:
             for link in self._links.values():

@@ -45,8 +45,10 @@ cdef enum:
     IDLE_SLICES = 8         # of 100 ms each, after which a thread that was started for blocked ones ends
     SHORTEST_NAP_NS = 50000     # between looks at a peer's full ring
     LONGEST_NAP_NS = 10000000
-    FOREVER_NS = 1000000000000000000
     GRANT_MORE = 0xFFFF     # no frame: an entry of `controls` that this process makes itself
+
+
+cdef int64_t FOREVER_NS = 1000000000000000000
 
 
 cdef class Server(Executor):
@@ -328,6 +330,7 @@ cdef class Server(Executor):
         cdef uint64_t size
         cdef list references = []
         cdef Lease lease = None
+        cdef int64_t left_ns
         FR_FAILPOINT("ring.reader_holds")
         if not parse_frame(arrival.data, arrival.size, &view):
             raise ProtocolError(f"worker {peer.info.name!r} sent {arrival.size} bytes that are not a frame")
@@ -335,7 +338,8 @@ cdef class Server(Executor):
         if peer.is_far:
             lease = self._bulk_of(&view, peer)
             if view.head.deadline_ns:  # what is left of it: clocks differ
-                view.head.deadline_ns = fr_now_ns() + min(max(view.head.deadline_ns, 1), FOREVER_NS)
+                left_ns = view.head.deadline_ns
+                view.head.deadline_ns = fr_now_ns() + min(max(left_ns, <int64_t>1), FOREVER_NS)
         elif view.head.slot != NO_SLOT and view.head.kind != PYTHON_RET:
             fr_serve_expect(&self.serving)
             peer.slots.expect(view.head.slot)
