@@ -104,7 +104,7 @@ class Troupe:
     def hire(self, name: str) -> Puppet:
         """Start one more process; it joins nothing yet."""
         mine, theirs = self._context.Pipe()
-        (process,) = self._spawn(_obey, [(theirs,)])
+        (process,) = self._spawn(obey, [(theirs,)])
         theirs.close()
         puppet = Puppet(name, process, mine)
         self.all.append(puppet)
@@ -162,7 +162,8 @@ def sweep_up() -> None:
     sweep(run_root())
 
 
-def _obey(pipe: Pipe) -> None:
+def obey(pipe: Pipe) -> None:
+    """Run orders from a pipe, one after the other, until it closes or says so."""
     while (order := _receive(pipe)) is not None:
         function, arguments = order
         value = error = None
