@@ -1,0 +1,275 @@
+"""What goes over a connection between two hosts, piece by piece, and what may be done with a piece on its way.
+
+A piece is a message of the handshake, a JSON message behind its length, or a frame. A script gets each piece before it
+goes on and returns steps; the functions at the end of this file return the usual ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+__all__ = [
+    "ASKER",
+    "DIRECTIONS",
+    "HEAD",
+    "LISTENER",
+    "Cut",
+    "Flow",
+    "Gather",
+    "HalfClose",
+    "Piece",
+    "Reader",
+    "Script",
+    "Stall",
+    "Step",
+    "Write",
+    "as_it_is",
+    "corrupted",
+    "cut_after",
+    "half_closed_after",
+    "one_by_one",
+    "stalled_after",
+]
+
+Direction = Literal["asker", "listener"]
+# Directions are named by who speaks.
+ASKER: Direction = "asker"
+LISTENER: Direction = "listener"
+DIRECTIONS = (ASKER, LISTENER)
+
+HEAD = struct.Struct("<QQQ")  # size with the magic in its top byte, number, highest number received
+FRAME_MAGIC = 0xFA
+_SIZE_BITS = 56
+_LENGTH_BYTES = 4
+MAX_MESSAGE_BYTES = 64 << 10
+# What the listener says last before both sides go over to frames.
+FRAMES_AFTER = ("link-welcome", "session-resumed")
+
+
+@dataclasses.dataclass
+class Flow:
+    """One connection through the proxy, as far as it has gone.
+
+    Parameters
+    ----------
+    index : int
+        How many connections came before it.
+    messages : list of dict
+        The JSON messages of both sides, in the order in which they came.
+    framed : bool
+        Whether the time of frames has begun.
+    """
+
+    index: int
+    messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    framed: bool = False
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on with a session that an earlier one began."""
+        return any(message.get("kind") == "session-resumed" for message in self.messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One piece.
+
+    Parameters
+    ----------
+    kind : str
+        "handshake", "message", "frame", or "rest": less than a piece, at the end of a connection.
+    direction : str
+        Who sent it.
+    flow : Flow
+    position : int
+        How many pieces of the same kind came before it in this direction of this connection.
+    data : bytes
+        All of it; of a frame the head too.
+    message : dict, optional
+        What a message says.
+    """
+
+    kind: str
+    direction: Direction
+    flow: Flow
+    position: int
+    data: bytes
+    message: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of a frame: bytes of its record."""
+        return len(self.data) - HEAD.size
+
+    @property
+    def number(self) -> int:
+        """Of a frame; 0: it has no record."""
+        return HEAD.unpack_from(self.data)[1] if self.kind == "frame" else 0
+
+    @property
+    def acknowledged(self) -> int:
+        """Of a frame: the highest number that its sender has received."""
+        return HEAD.unpack_from(self.data)[2] if self.kind == "frame" else 0
+
+
+class Reader:
+    """Find where the pieces of one direction end.
+
+    Parameters
+    ----------
+    stream : asyncio.StreamReader
+    direction : str
+    flow : Flow
+        Shared by the directions of a connection: the listener's welcome begins the time of frames for both.
+    handshake : sequence of int
+        Sizes in bytes of what this side says in the handshake.
+    """
+
+    def __init__(
+        self, stream: asyncio.StreamReader, direction: Direction, flow: Flow, handshake: Sequence[int]
+    ) -> None:
+        self._stream, self._direction, self._flow = stream, direction, flow
+        self._handshake = list(handshake)
+        self._counts = {"handshake": 0, "message": 0, "frame": 0, "rest": 0}
+        self._parts: list[bytes] = []
+        self._reading: asyncio.Future[Piece | None] | None = None
+
+    async def next(self) -> Piece | None:
+        """Return the next piece; None at the end. When cancelled, nothing is lost: the next call returns it.
+
+        Raises
+        ------
+        ValueError
+            It is none.
+        """
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self._read_or_end())
+        await asyncio.wait([self._reading])
+        read, self._reading = self._reading, None
+        return read.result()
+
+    async def _read_or_end(self) -> Piece | None:
+        self._parts = []
+        try:
+            return await self._read()
+        except asyncio.IncompleteReadError as error:
+            data = b"".join([*self._parts, error.partial])
+            return self._piece("rest", data) if data else None
+
+    async def _read(self) -> Piece:
+        if self._handshake:
+            data = await self._take(self._handshake[0])
+            del self._handshake[0]
+            return self._piece("handshake", data)
+        # An asker waits for the welcome; only when its next byte is here is it known what that begins.
+        await self._take(1)
+        if self._flow.framed:
+            await self._take(HEAD.size - 1)
+            size = HEAD.unpack(b"".join(self._parts))[0]
+            if size >> _SIZE_BITS != FRAME_MAGIC:
+                raise ValueError(f"{self._direction}: a frame whose size is {size:#018x}")
+            await self._take(size & (1 << _SIZE_BITS) - 1)
+            return self._piece("frame", b"".join(self._parts))
+        await self._take(_LENGTH_BYTES - 1)
+        length = int.from_bytes(b"".join(self._parts), "big")
+        if length > MAX_MESSAGE_BYTES:
+            raise ValueError(f"{self._direction}: a message of {length} bytes")
+        message = json.loads(await self._take(length))
+        self._flow.messages.append(message)
+        if self._direction == LISTENER and message.get("kind") in FRAMES_AFTER:
+            self._flow.framed = True
+        return self._piece("message", b"".join(self._parts), message)
+
+    async def _take(self, count: int) -> bytes:
+        data = await self._stream.readexactly(count)
+        self._parts.append(data)
+        return data
+
+    def _piece(self, kind: str, data: bytes, message: dict[str, Any] | None = None) -> Piece:
+        position = self._counts[kind]
+        self._counts[kind] += 1
+        return Piece(kind, self._direction, self._flow, position, data, message or {})
+
+
+# ---- steps: what is done in place of handing a piece on as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """Send bytes on; ``singly``: each by a write of its own."""
+
+    data: bytes
+    singly: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """End the connection towards one side or both; a side that is not told finds silence from then on.
+
+    With ``reset`` they see a connection reset, otherwise an end.
+    """
+
+    towards: tuple[Direction, ...] = DIRECTIONS
+    reset: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stall:
+    """Let nothing on in this direction, for a while or until the proxy is told to ``go_on``."""
+
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfClose:
+    """Tell the receiver that nothing more comes; what still comes is dropped, the other direction goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """Keep this piece until there are ``count``, or for ``seconds``; send them by one write, arranged anew."""
+
+    count: int
+    seconds: float = 1.0
+    arranged: Callable[[list[Piece]], Sequence[Piece]] = list
+
+
+Step = Write | Cut | Stall | HalfClose | Gather
+Script = Callable[[Piece], Sequence[Step]]
+
+
+def as_it_is(piece: Piece) -> list[Step]:
+    """Hand it on."""
+    return [Write(piece.data)]
+
+
+def cut_after(piece: Piece, count: int, towards: tuple[Direction, ...] = DIRECTIONS, reset: bool = False) -> list[Step]:
+    """Hand ``count`` bytes of it on and end the connection."""
+    return [Write(piece.data[:count]), Cut(towards, reset)]
+
+
+def stalled_after(piece: Piece, count: int, seconds: float | None = None) -> list[Step]:
+    """Hand ``count`` bytes of it on, and the rest after a while."""
+    return [Write(piece.data[:count]), Stall(seconds), Write(piece.data[count:])]
+
+
+def half_closed_after(piece: Piece, count: int) -> list[Step]:
+    """Hand ``count`` bytes of it on and say that this was all."""
+    return [Write(piece.data[:count]), HalfClose()]
+
+
+def corrupted(piece: Piece, at: int, mask: int = 0xFF) -> list[Step]:
+    """Hand it on with some bits of the byte ``at`` flipped; a frame's record begins at ``HEAD.size``."""
+    data = bytearray(piece.data)
+    data[at] ^= mask
+    return [Write(bytes(data))]
+
+
+def one_by_one(piece: Piece) -> list[Step]:
+    """Hand it on in writes of one byte."""
+    return [Write(piece.data, singly=True)]
