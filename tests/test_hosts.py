@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+import fastref.rpc as rpc
 from fastref.segments import host_identity, run_root
 from tests.hosts import Host, Impossible, hosts
-from tests.puppets import keep, kept
+from tests.puppets import join_job, keep, kept
 
 PORT = 7000
 PATIENCE_S = 60.0
@@ -72,6 +73,10 @@ def who_and_where() -> tuple[str, int, int, list[str], list[str]]:
     return host_identity(), os.getpid(), os.getppid(), os.listdir("/dev/shm"), os.listdir(run_root())
 
 
+def ask_where(name: str) -> str:
+    return rpc.rpc_sync(name, host_identity)
+
+
 def print_host_name(prefix: str) -> None:
     print(os.environ["FASTREF_SAYS"], prefix, socket.gethostname())
 
@@ -112,6 +117,21 @@ def test_two_programs_of_one_host_share_what_it_has(three: list[Host]) -> None:
     assert first.do(host_identity) == second.do(host_identity)
     first.do(leave_traces)
     assert second.do(who_and_where)[3:] == (["fastref-trace"], ["trace"])
+
+
+def test_two_workers_of_a_host_meet_in_its_own_shared_memory(three: list[Host]) -> None:
+    pairs = [[host.hire(f"w{rank}") for rank in range(2)] for host in three[:2]]
+    for pair in pairs:
+        for rank, puppet in enumerate(pair):
+            puppet.order(join_job, puppet.name, rank, 2, "the-same-name", {})
+    for pair in pairs:
+        for puppet in pair:
+            puppet.outcome()
+        assert pair[0].do(ask_where, "w1") == pair[1].do(host_identity)
+        for puppet in pair:
+            puppet.order(rpc.shutdown)
+        for puppet in pair:
+            puppet.outcome()
 
 
 @pytest.mark.parametrize("remove", [False, True], ids=["cable", "card"])
