@@ -235,7 +235,9 @@ def _listening() -> list[str]:
 
 
 def _interface(network: IPRoute, name: str) -> int:
-    return network.link_lookup(ifname=name)[0]
+    for index in network.link_lookup(ifname=name):
+        return index
+    raise OSError(errno.ENODEV, f"there is no interface {name}")
 
 
 def _serve(own: socket.socket, orders: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ class Host:
 
     def run(self, program: str, args: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Program:
         """Start a program; ``env`` comes on top of the environment of the test."""
+        assert self._is_alive, f"{self.name} was killed"
         self.processes.append(Program(self._inside, [program, *args], env or {}))
         return self.processes[-1]
 
@@ -95,6 +96,7 @@ class Host:
 
     def hire(self, name: str, env: Mapping[str, str] | None = None) -> Puppet:
         """Start a process that waits for the test's orders, which go over no network."""
+        assert self._is_alive, f"{self.name} was killed"
         self.processes.append(Hired(self._inside, env or {}))
         return Puppet(name, self.processes[-1], self.processes[-1].pipe)
 

@@ -178,6 +178,17 @@ def test_a_host_that_loses_power_is_silent(three: list[Host]) -> None:
     assert asker.do(hear, 0.5) == "silence"
 
 
+def test_what_cannot_be_done_is_said_and_harms_no_host(three: list[Host]) -> None:
+    three[0].unplug(remove=True)
+    with pytest.raises(Impossible, match="no interface"):
+        three[0].unplug()
+    three[0].plug()
+    three[1].kill()
+    with pytest.raises(AssertionError, match="host1 was killed"):
+        three[1].run("true")
+    assert [three[0].listening(), three[2].listening()] == [[], []]
+
+
 def test_a_stopped_host_goes_on_where_it_was(three: list[Host]) -> None:
     start_echo(three[0])
     asker = three[1].hire("asker")
