@@ -299,7 +299,7 @@ class Node(RuleKeeper):
         that stand for them, do not count.
         """
         peers = [peer.snapshot() for peer in self.peers]
-        ahead = sum(rank >= self.bits for rank in self.credit_of.values())
+        ahead = sum(not self.holds_by_bit(self.peers[rank]) for rank in self.credit_of.values())
         figures = {
             "entries in use": len(self.used()),
             "entries held": sum(peer["entries_held"] for peer in peers),

@@ -10,6 +10,7 @@ import random
 import struct
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from multiprocessing import reduction
 
 import pytest
@@ -25,9 +26,11 @@ from tests.inboxes import DATA, HEADER, RING, Ends, damage
 from tests.threads import in_threads
 
 
-@pytest.fixture(params=["inproc", "shm"])
-def ends(request) -> Ends:
-    return Ends(request.param)
+@pytest.fixture(params=["inproc", "shm", "tcp"])
+def ends(request) -> Iterator[Ends]:
+    ends = Ends(request.param)
+    yield ends
+    ends.close()
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_threads_may_send_on_one_channel(ends):
     assert all(len(data) == 16 + i % 50 for data, (_, i) in zip(received, seen, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["inproc", "shm"])
+@pytest.mark.parametrize("kind", ["inproc", "shm", "tcp"])
 @settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, RING // 2 - HEADER), st.integers(0, 4)), max_size=60), st.integers(0, 2))
 def test_any_mix_of_sizes_arrives(kind, steps, skew):
@@ -181,6 +184,7 @@ def test_any_mix_of_sizes_arrives(kind, steps, skew):
                 data, position = under_way.popleft()
                 assert record == (3, data) and channel.consumed_position() == position
     assert ends.receive_all() == [(3, data) for data, _ in under_way]
+    ends.close()
 
 
 @pytest.mark.parametrize("source", [-1, MAX_PEERS, 2**40])
@@ -203,7 +207,7 @@ def test_figures_tell_what_arrived(ends):
     channel = ends.channel(9)
     channel.send(b"x"), channel.send(b"y")
     ends.inbox.receive()
-    kind = {"inproc": "queue", "shm": "ring"}[ends.kind]
+    kind = {"inproc": "queue", "shm": "ring", "tcp": "queue"}[ends.kind]
     assert ends.inbox.snapshot() == {9: {"kind": kind, "received": 1, "empty": False, "broken": 0}}
 
 

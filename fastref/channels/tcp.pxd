@@ -27,6 +27,7 @@ cdef struct Outgoing:           # a record that the peer has not confirmed
 
 cdef class TcpChannel(Channel):
     cdef readonly int fd        # -1: not connected
+    cdef readonly uint64_t room_bytes
     cdef readonly uint32_t source
     cdef Inbox inbox
     cdef TcpLoop loop
@@ -69,6 +70,7 @@ cdef class TcpChannel(Channel):
     cdef void _speak_if(self, int64_t quiet_ns, int64_t now) noexcept nogil
     cdef void _speak(self, uint32_t signal) noexcept nogil
     cdef void _forget_partial(self) noexcept nogil
+    cdef void _end(self) noexcept nogil
 
 
 cdef class TcpLoop:

@@ -8,6 +8,7 @@ LARGEST_RECORD: int
 class TcpChannel(Channel):
     fd: int
     source: int
+    room_bytes: int
     broken: bool
     peer_left: bool
     reason: str | None
@@ -16,7 +17,7 @@ class TcpChannel(Channel):
     resumed: int
     bytes_sent: int
     bytes_received: int
-    def __init__(self, loop: TcpLoop, source: int) -> None: ...
+    def __init__(self, loop: TcpLoop, source: int, room_bytes: int = ...) -> None: ...
     def attach(self, fd: int, received: int = 0) -> None: ...
     def leave(self) -> None: ...
     @property

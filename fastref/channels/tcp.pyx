@@ -82,7 +82,8 @@ LARGEST_RECORD = LARGEST
 
 cdef uint64_t MAGIC = <uint64_t>0xFA << 56
 cdef uint64_t SIZE_MASK = (<uint64_t>1 << 56) - 1
-cdef uint64_t BOUND = <uint64_t>64 << 20     # bytes that wait or are not confirmed: then a channel is full
+
+ROOM_BYTES = 64 << 20
 
 
 cdef class TcpChannel(Channel):
@@ -94,9 +95,12 @@ cdef class TcpChannel(Channel):
         Reads it.
     source : int
         Which source of the loop's inbox the peer is.
+    room_bytes : int
+        What may wait to be sent or confirmed. One record more is taken, however large.
     """
 
-    def __cinit__(self, loop: TcpLoop, source: int):
+    def __cinit__(self, loop: TcpLoop, source: int, room_bytes: int = ROOM_BYTES):
+        self.room_bytes = room_bytes
         self.loop, self.inbox, self.source = loop, loop.inbox, source
         self.largest = LARGEST
         self.fd = -1
@@ -133,7 +137,7 @@ cdef class TcpChannel(Channel):
         if self.closed or self.leaving or self.peer_left:
             pthread_mutex_unlock(&self.lock)
             return SENT_CLOSED
-        if self.kept > BOUND:
+        if self.kept >= self.room_bytes:
             pthread_mutex_unlock(&self.lock)
             return SENT_FULL
         position = self._queue(head, head_size, body, body_size, bulk)
@@ -278,6 +282,15 @@ cdef class TcpChannel(Channel):
         self.closed = True
         if self.fd >= 0:
             shutdown(self.fd, SHUT_RDWR)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void _end(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.closed = self.broken = True
+        if self.fd >= 0:
+            shutdown(self.fd, SHUT_RDWR)  # a forked child may have it too
+            close_fd(self.fd)
+            self.fd = -1
         pthread_mutex_unlock(&self.lock)
 
     def leave(self) -> None:
@@ -541,8 +554,10 @@ cdef class TcpLoop:
         write(self.waker, &one, sizeof(one))
 
     def close(self) -> None:
-        """Forget all channels, once ``run`` has returned."""
+        """End all channels, once ``run`` has returned; idempotent."""
         memset(self.channels, 0, FR_MAX_PEERS * sizeof(void*))
+        for channel in self._kept:
+            (<TcpChannel>channel)._end()
         self._kept.clear()
         self.on_break = None
 
@@ -553,8 +568,9 @@ cdef class TcpLoop:
                 self._look(IDLE_TICK_MS)
 
     def step(self, longest_ms: int = 0) -> None:
-        """Deal with what is there; wait for it up to ``longest_ms``. For tests."""
+        """Deal with what is there, and confirm it; wait for it up to ``longest_ms``. For tests."""
         cdef int timeout_ms = longest_ms
+        self.looked_ns = 0
         with nogil:
             self._look(timeout_ms)
 
