@@ -734,6 +734,14 @@ def test_a_probe_gets_no_answer(pair: tuple, probe: str) -> None:
         assert asker.recv(1) == b""
 
 
+def test_one_who_ends_after_fewer_bytes_that_no_worker_sends_is_named(pair: tuple) -> None:
+    asker, listener = pair
+    asker.sendall(b"\x15\x03\x03\x00\x02\x02\x28")  # an alert has 7 bytes
+    asker.shutdown(socket.SHUT_WR)
+    with pytest.raises(IdentityError, match="answers with TLS, which is off here"):
+        prove_as(listener, False)
+
+
 def test_a_peer_that_resets_is_a_connection_error() -> None:
     asker, listener = tcp_pair()
     with asker, listener:

@@ -168,12 +168,22 @@ class Handshake:
         else:
             self._take_proof(message[PREFIX.size :])
 
+    def end(self, received: bytes) -> None:
+        """Take note that the connection ended after ``received``, fewer bytes than are wanted.
+
+        Raises
+        ------
+        IdentityError
+            No worker begins a message so.
+        """
+        if not self._prefix and not MAGIC.startswith(received[: len(MAGIC)]):
+            raise IdentityError(_no_worker(received))
+
     def _check_prefix(self, prefix: bytes) -> int:
         """Return how many bytes follow it."""
         magic, layout, kind, size = PREFIX.unpack(prefix)
         if magic != MAGIC:
-            hint = next((said for start, said in _HINTS if prefix.startswith(start)), "it is no fastref worker")
-            raise IdentityError(f"the other end began with {prefix.hex(' ')}: {hint}")
+            raise IdentityError(_no_worker(prefix))
         if layout != LAYOUT:
             raise IdentityError(
                 f"the other end speaks layout {layout} of the handshake, this one layout {LAYOUT} "
@@ -232,3 +242,8 @@ class Handshake:
 
 def _message(kind: int, body: bytes) -> bytes:
     return PREFIX.pack(MAGIC, LAYOUT, kind, PREFIX.size + len(body)) + body
+
+
+def _no_worker(received: bytes) -> str:
+    hint = next((said for start, said in _HINTS if received.startswith(start)), "it is no fastref worker")
+    return f"the other end began with {received.hex(' ')}: {hint}"

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
 import time
+from collections.abc import Iterator
+from typing import Protocol
 
 from fastref.errors import IdentityError
 from fastref.identity.handshake import Handshake
 from fastref.identity.token import Token
 
-__all__ = ["DEFAULT_TIMEOUT_S", "prove", "wait_until"]
+__all__ = ["DEFAULT_TIMEOUT_S", "in_words", "prove", "wait_until"]
 
 DEFAULT_TIMEOUT_S = 5.0
 _LONGEST_WAIT_S = 3600.0  # deadlines may be infinite, the argument of poll may not
 
 
+_IN_WORDS = {
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "PACKET_LENGTH_TOO_LONG": "it does not speak TLS",
+    "HTTP_REQUEST": "it speaks HTTP",
+    "UNSUPPORTED_PROTOCOL": "it speaks no TLS 1.3",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "it speaks another version of TLS and refuses this one",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it has no certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it wants a certificate from here",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority of the certificate here",
+}
+
+
+class Stream(Protocol):
+    """What the handshake needs of a connection; ``send`` and ``recv`` raise BlockingIOError where they would wait."""
+
+    def fileno(self) -> int: ...
+    def send(self, data: memoryview, /) -> int: ...
+    def recv(self, size_bytes: int, /) -> bytes: ...
+
+
 def prove(
-    sock: socket.socket,
+    sock: socket.socket | Stream,
     token: Token,
     *,
     asks: bool,
@@ -34,8 +57,8 @@ def prove(
 
     Parameters
     ----------
-    sock : socket.socket
-        Connected; of TLS too.
+    sock : socket.socket or TlsConnection
+        Connected.
     token, asks, job, epoch, version
         As for ``Handshake``.
     timeout_s : float
@@ -55,36 +78,33 @@ def prove(
     """
     deadline = time.monotonic() + timeout_s
     handshake = Handshake(token, asks=asks, job=job, epoch=epoch, version=version)
-    before = sock.gettimeout()
-    sock.settimeout(0)
     try:
-        while not handshake.done:
-            _send_all(sock, handshake.to_send(), deadline)
-            if handshake.wants:
-                handshake.feed(_receive_exactly(sock, handshake.wants, deadline))
+        with _never_blocking(sock):
+            while not handshake.done:
+                _send_all(sock, handshake.to_send(), deadline)
+                if handshake.wants:
+                    handshake.feed(_receive(sock, handshake, deadline))
     except IdentityError:
         _say_last_words(sock, handshake.to_send())
         raise
-    except (ConnectionError, ssl.SSLError) as error:
-        if isinstance(error, ssl.SSLError):
-            raise IdentityError(f"TLS failed during the handshake: {error.reason or error}") from error
+    except ssl.SSLError as error:  # with TLS 1.3 a refused certificate shows here
+        raise IdentityError(f"TLS with the other end failed: {in_words(error)}") from error
+    except ConnectionError as error:
         if asks and handshake.met:
             raise IdentityError(
                 "the other end closed the connection when this one had proved itself: its token, job name or restart "
                 "count differs, or it has just ended"
             ) from error
         raise
-    finally:
-        sock.settimeout(before)
 
 
-def wait_until(sock: socket.socket, events: int, deadline: float) -> None:
+def wait_until(sock: Stream, events: int, deadline: float) -> None:
     """Wait until the socket is ready.
 
     Parameters
     ----------
-    sock : socket.socket
-        Any.
+    sock : socket.socket or TlsConnection
+        Connected.
     events : int
         As for ``poll``.
     deadline : float
@@ -105,19 +125,26 @@ def wait_until(sock: socket.socket, events: int, deadline: float) -> None:
     raise TimeoutError("the other end did not prove itself in time")
 
 
-def _send_all(sock: socket.socket, data: bytes, deadline: float) -> None:
+def in_words(error: ssl.SSLError) -> str:
+    """Return what an error of TLS means, for a log."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is refused: {error.verify_message}"
+    reason = error.reason or str(error)
+    return f"{_IN_WORDS[reason]} ({reason})" if reason in _IN_WORDS else reason
+
+
+def _send_all(sock: Stream, data: bytes, deadline: float) -> None:
     rest = memoryview(data)
     while rest:
         try:
             rest = rest[sock.send(rest) :]
-        except (BlockingIOError, ssl.SSLWantWriteError):
+        except BlockingIOError:
             wait_until(sock, select.POLLOUT, deadline)
-        except ssl.SSLWantReadError:
-            wait_until(sock, select.POLLIN, deadline)
 
 
-def _receive_exactly(sock: socket.socket, size_bytes: int, deadline: float) -> bytes:
-    """Return the next bytes, at most the 64 that the handshake ever asks for."""
+def _receive(sock: Stream, handshake: Handshake, deadline: float) -> bytes:
+    """Return the next bytes that the handshake wants, at most 64."""
+    size_bytes = handshake.wants
     received = b""
     while len(received) < size_bytes:
         # Looked at on every turn: one who sends a byte at a time keeps the socket ready.
@@ -125,21 +152,37 @@ def _receive_exactly(sock: socket.socket, size_bytes: int, deadline: float) -> b
             raise TimeoutError("the other end did not prove itself in time")
         try:
             data = sock.recv(size_bytes - len(received))
-        except (BlockingIOError, ssl.SSLWantReadError):
+        except BlockingIOError:
             wait_until(sock, select.POLLIN, deadline)
-        except ssl.SSLWantWriteError:
-            wait_until(sock, select.POLLOUT, deadline)
+        except ConnectionError:
+            handshake.end(received)
+            raise
         else:
             if not data:
-                raise ConnectionResetError("the other end closed the connection before it had proved itself")
+                handshake.end(received)
+                raise ConnectionResetError(
+                    "the other end closed the connection before it had proved itself: it has ended, or TLS is on there "
+                    "and off here"
+                )
             received += data
     return received
 
 
-def _say_last_words(sock: socket.socket, data: bytes) -> None:
+def _say_last_words(sock: Stream, data: bytes) -> None:
     """Send what one who is refused may know, if there is room for it."""
     if data:
-        try:
-            sock.send(data)
-        except OSError:
-            return  # he need not know
+        with contextlib.suppress(OSError):  # he need not know
+            sock.send(memoryview(data))
+
+
+@contextlib.contextmanager
+def _never_blocking(sock: socket.socket | Stream) -> Iterator[None]:
+    if not isinstance(sock, socket.socket):
+        yield
+        return
+    before = sock.gettimeout()
+    sock.settimeout(0)
+    try:
+        yield
+    finally:
+        sock.settimeout(before)
