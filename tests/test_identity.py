@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import stat
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,12 @@ def test_the_option_comes_first_then_the_variable_then_the_file(tmp_path: Path) 
     assert find_token("the token of the option", environ) == Token(b"the token of the option")
     assert find_token(None, {}) is None
     assert find_token(None, {TOKEN_VARIABLE: " ", TOKEN_FILE_VARIABLE: ""}) is None
+
+
+def test_the_environment_is_where_it_is_looked_for_and_no_signature_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, SECRET)
+    assert find_token(None) == TOKEN
+    assert "environ(" not in str(inspect.signature(find_token))
 
 
 @pytest.mark.parametrize("mode", [0o400, 0o600])
@@ -732,6 +740,21 @@ def test_a_probe_gets_no_answer(pair: tuple, probe: str) -> None:
     listener.shutdown(socket.SHUT_WR)
     with contextlib.suppress(ConnectionResetError):
         assert asker.recv(1) == b""
+
+
+@pytest.mark.parametrize("probe", [*PROBES, "a hello and a wrong proof"])
+def test_a_probe_that_never_ends_has_no_memory_allocated(pair: tuple, probe: str) -> None:
+    asker, listener = pair
+    asker.setblocking(False)
+    first = PROBES.get(probe) or handshake(True).to_send() + PREFIX.pack(MAGIC, 1, 3, 40)
+    assert asker.send(first + bytes(4 << 20)) > 1000
+    tracemalloc.start()
+    try:
+        with pytest.raises(IdentityError):
+            prove_as(listener, False)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 10
+    finally:
+        tracemalloc.stop()
 
 
 def test_one_who_ends_after_fewer_bytes_that_no_worker_sends_is_named(pair: tuple) -> None:

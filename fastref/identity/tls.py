@@ -14,7 +14,7 @@ from fastref.options import TlsFiles
 
 __all__ = ["TlsConnection", "client_context", "secure", "server_context"]
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 64 * 1024  # 256 KiB were no faster
 _RECORD_BYTES = 16 * 1024  # a TLS record holds at most this much
 
 
@@ -76,7 +76,7 @@ class TlsConnection:
         return self._socket.fileno()
 
     def expect_much(self) -> None:
-        """Take as much as 256 KiB from the socket at once; for one who has proved himself."""
+        """Take as much as 64 KiB from the socket at once; for one who has proved himself."""
         self._arrived = bytearray(CHUNK_BYTES)
 
     def do_handshake(self) -> None:
@@ -115,9 +115,11 @@ class TlsConnection:
         """
         if not self.flush():
             raise BlockingIOError
-        taken = self._tls.write(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._tls.write(rest) :]
         self.flush()
-        return taken
+        return len(data)
 
     def recv(self, size_bytes: int) -> bytes:
         """Return at most ``size_bytes`` bytes; none when the other end has said that no more will come.
@@ -192,8 +194,17 @@ class TlsConnection:
             self._tls.unwrap()
         self.flush()
 
-    def close(self) -> None:
-        """Close the socket; idempotent."""
+    def close(self, *, for_all: bool = False) -> None:
+        """Close the socket; idempotent.
+
+        Parameters
+        ----------
+        for_all : bool
+            End the connection even where a forked child has the socket too.
+        """
+        if for_all:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _raise_failure(self) -> None:

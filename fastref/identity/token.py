@@ -111,7 +111,7 @@ def mint() -> Token:
     return Token(secrets.token_hex(32).encode())
 
 
-def find_token(option: str | None, environ: Mapping[str, str] = os.environ) -> Token | None:
+def find_token(option: str | None, environ: Mapping[str, str] | None = None) -> Token | None:
     """Return the token that the program was given, None when it was given none.
 
     The first of these: the option ``token``, ``FASTREF_TOKEN``, the file that ``FASTREF_TOKEN_FILE`` names. A variable
@@ -121,8 +121,8 @@ def find_token(option: str | None, environ: Mapping[str, str] = os.environ) -> T
     ----------
     option : str or None
         What ``RpcBackendOptions(token=...)`` says.
-    environ : mapping
-        The environment.
+    environ : mapping, optional
+        The environment; by default that of this process.
 
     Raises
     ------
@@ -132,6 +132,8 @@ def find_token(option: str | None, environ: Mapping[str, str] = os.environ) -> T
     """
     if option is not None:
         return Token.from_text(option)
+    if environ is None:  # as a default in the signature it would show there
+        environ = os.environ
     if text := environ.get(TOKEN_VARIABLE, "").strip():
         return Token.from_text(text)
     if path := environ.get(TOKEN_FILE_VARIABLE, ""):
