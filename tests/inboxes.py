@@ -57,7 +57,7 @@ class _ReadByHand:
 
     def connect(self, source: int) -> TcpChannel:
         one, other = socket.socketpair()
-        receiver, sender = TcpChannel(self._here, source), TcpChannel(self._there, source, room_bytes=RING)
+        receiver, sender = TcpChannel(self._here, source), TcpChannel(self._there, source, room_bytes=4 * RING)
         for channel, end in ((receiver, one), (sender, other)):
             end.setblocking(False)
             channel.attach(end.detach())

@@ -74,5 +74,5 @@ def test_no_random_history_across_hosts_breaks_a_reference(hosts: str, bad_mail:
 def take_walks(bits: int, bad_mail: bool, hosts: str = "a") -> None:
     for seed in range(WALKS):
         walk(seed, bits, STEPS, bad_mail, hosts)
-        if seed % 50 == 0:
+        if seed % 20 == 0:
             gc.collect()  # nodes are cycles, and the mappings that a process may have are counted

@@ -475,6 +475,11 @@ def test_a_result_that_cannot_travel_is_an_error_and_keeps_no_reference(network:
 def test_a_frame_that_is_too_large_lets_its_references_go(network: Network) -> None:
     rref = give_to(network, ALICE)
     before = network[ALICE].holdings(), network[OWNER].holdings()
+    if network[ALICE].host is not network[BOB].host:  # there no frame is too large for an arena: it arrives
+        network[ALICE].rpc_async(BOB, ignore, (rref, bytes(1 << 23)))
+        network.settle()
+        assert (network[ALICE].holdings(), network[OWNER].holdings()) == before
+        return
     with pytest.raises(ResourceError, match="no room for a block"):
         network[ALICE].rpc_async(BOB, keep, (rref, bytes(1 << 23)))
     network.settle()
