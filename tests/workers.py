@@ -34,7 +34,12 @@ class Worker:
         self.lock = InstanceLock(root)
         self.listener = Listener(job_directory(root, job_name(init_method)), self.lock.instance)
         self.init_method = init_method
-        self.door = open_door(self.listener, init_method)
+        try:
+            self.door = open_door(self.listener, init_method)
+        except BaseException:
+            self.listener.close()
+            self.lock.release()
+            raise
         self.record = dataclasses.replace(
             WorkerRecord(
                 name=name,

@@ -131,7 +131,8 @@ class Coordinator:
         now = time.monotonic()
         complaint = self._meeting.complaint()
         if complaint is not None:
-            self._fail(complaint)
+            self._told_ranks.add(complaint[1])
+            self._fail(complaint[0])
         elif now >= self._deadline or self._rivals.is_over(now):
             # Everybody had time to come and is told; to wait for more would be too long.
             self._linger_s = 0.0

@@ -24,6 +24,7 @@ from fastref.rendezvous.methods import job_name, resolve_rank
 from fastref.rendezvous.proving import visit
 from fastref.rendezvous.records import MAX_WORLD_SIZE, WorkerRecord
 from fastref.rendezvous.ways import way_to
+from fastref.segments import process_lives
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -42,7 +43,7 @@ _FULL_RETRY_S = 0.25
 # How long a coordinator on another host may take to answer, and how long one that does not prove itself, or to whom
 # there is no way, is tried again before everybody is told.
 _REACH_S = 3.0
-_MISSED_GRACE_S = 2.0
+_MISSED_GRACE_S = 1.5
 
 
 class Membership:
@@ -225,7 +226,7 @@ class _Applicant:
             # The coordinator may have hosted the store, and the store's own words do not say that it died.
             raise RendezvousError(sentences.orphaned(self._job, self._lost, self._record, error)) from error
         if complaint is not None:
-            raise RendezvousError(complaint)
+            raise RendezvousError(complaint[0])
         return announcements
 
     def _look_elsewhere(self, error: RendezvousError) -> list[Announcement]:
@@ -290,8 +291,13 @@ class _Applicant:
 
     def _visit(self, coordinator: WorkerRecord) -> Connection:
         """Return a connection to the coordinator; as ``connect`` or ``visit``."""
-        if self._door is None or not self._takes_tcp(coordinator):
-            return connect(coordinator.address)
+        if not self._takes_tcp(coordinator) or self._door is None:
+            try:
+                return connect(coordinator.address)
+            except (ConnectionError, PermissionError, ProtocolError):
+                # Of another user, or in a container that sees other files; if not dead.
+                if self._door is None or not coordinator.endpoint or not process_lives(coordinator.pid):
+                    raise
         deadline = min(self._deadline, time.monotonic() + _REACH_S)
         return visit(coordinator.endpoint, self._door.credentials, deadline)
 
@@ -313,7 +319,7 @@ class _Applicant:
 
     def _complain(self, sentence: str) -> NoReturn:
         """Leave word for a coordinator that was not reached, so not told, and cannot tell; and give up."""
-        self._meeting.complain(sentence)
+        self._meeting.complain(sentence, self._record.rank)
         raise RendezvousError(sentence)
 
     def _receive_members(self, connection: Connection, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:

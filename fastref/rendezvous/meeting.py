@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastref.errors import RendezvousError, UsageError
-from fastref.rendezvous.fields import parse_object, read_integer, read_object
+from fastref.rendezvous.fields import parse_object, read_integer, read_object, read_text
 from fastref.rendezvous.launchers import restart_count
 from fastref.rendezvous.methods import LOCAL, open_store, scheme_of
 from fastref.rendezvous.records import WorkerRecord
@@ -69,11 +69,11 @@ class Meeting(Protocol):
     def look(self) -> list[Announcement]:
         """Return who claims to be coordinator now."""
 
-    def complain(self, sentence: str) -> None:
-        """Leave a sentence for a coordinator that cannot be reached in any other way."""
+    def complain(self, sentence: str, rank: int) -> None:
+        """Leave a sentence of the worker of a rank for a coordinator that cannot be reached in any other way."""
 
-    def complaint(self) -> str | None:
-        """Return the sentence that was left, None when there is none."""
+    def complaint(self) -> tuple[str, int] | None:
+        """Return the sentence that was left, and by which rank, None when there is none."""
 
 
 class LocalMeeting:
@@ -110,10 +110,10 @@ class LocalMeeting:
                 found.append(Announcement.from_json(data))
         return found
 
-    def complain(self, sentence: str) -> None:
+    def complain(self, sentence: str, rank: int) -> None:
         """Do nothing: here every coordinator can be reached at its socket."""
 
-    def complaint(self) -> str | None:
+    def complaint(self) -> tuple[str, int] | None:
         """As ``Meeting``."""
         return None
 
@@ -161,17 +161,20 @@ class StoreMeeting:
         data = self._get(self._COORDINATOR)
         return [] if data is None else [Announcement.from_json(data)]
 
-    def complain(self, sentence: str) -> None:
+    def complain(self, sentence: str, rank: int) -> None:
         """As ``Meeting``."""
         try:
-            self._store.set(self._COMPLAINT, sentence)
+            self._store.set(self._COMPLAINT, json.dumps({"sentence": sentence, "rank": rank}))
         except RuntimeError as error:
             raise _store_failed(error) from error
 
-    def complaint(self) -> str | None:
+    def complaint(self) -> tuple[str, int] | None:
         """As ``Meeting``."""
         data = self._get(self._COMPLAINT)
-        return None if data is None else data.decode("utf-8", "replace")
+        if data is None:
+            return None
+        fields = parse_object(data)
+        return read_text(fields, "sentence"), read_integer(fields, "rank", least=-1)
 
     def _get(self, key: str) -> bytes | None:
         try:

@@ -23,6 +23,7 @@ from fastref.channels.shm import RING_SIZE, ShmChannel
 from fastref.channels.slots import PeerSlots, ResponseSlots
 from fastref.codec import mainmodule
 from fastref.errors import CallTimeout, PeerError, RendezvousError, ResourceError, UsageError, WorkerDied
+from fastref.identity import forget_loopback_token
 from fastref.options import RpcBackendOptions, WorkerInfo, check_worker_name
 from fastref.protocol.membership import generations_of
 from fastref.rendezvous import (
@@ -129,7 +130,7 @@ class Runtime(GroupKeeper):
         self._checks = False  # on the way out: this worker wants to look at what others hold
         self._failure: str | None = None  # why another worker gave up while this one waited for it to serve
         root = run_root()
-        sweep(root)
+        sweep(root, clear=forget_loopback_token)
         self._lock = InstanceLock(root)
         try:
             self._start(name, rank, world_size, store, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastref.segments.control import SHM_DIRECTORY, SHM_PREFIX
@@ -19,7 +19,11 @@ _JOB_FILE = re.compile(rf"(?P<instance>{INSTANCE_PATTERN})\.(sock|member|(coordi
 _SHM_NAME = re.compile(rf"{SHM_PREFIX}(?P<identity>[0-9a-f-]+-{INSTANCE_PATTERN})(-[a-z]+)?")
 
 
-def sweep(root: Path, shm_directory: Path = SHM_DIRECTORY) -> list[Path]:
+def sweep(
+    root: Path,
+    shm_directory: Path = SHM_DIRECTORY,
+    clear: Callable[[Path], object] = lambda directory: None,
+) -> list[Path]:
     """Remove what dead instances of this boot and pid namespace left.
 
     Left alone: what belongs to another user, another boot or another pid namespace, what cannot
@@ -32,6 +36,8 @@ def sweep(root: Path, shm_directory: Path = SHM_DIRECTORY) -> list[Path]:
         The run directory.
     shm_directory : Path
         Where named shared memory lies.
+    clear : callable
+        Called with each job directory before it is removed if it is empty: takes away what belongs to no instance.
 
     Returns
     -------
@@ -49,7 +55,10 @@ def sweep(root: Path, shm_directory: Path = SHM_DIRECTORY) -> list[Path]:
     removed += [path for path in segments if locks.segment_is_dead(path) and _remove(path)]
     # Locks go last: a sweeper that is killed half-way leaves the proof of death to the next.
     removed += [path for path in locks.dead_files if _remove(path)]
-    removed += [directory for directory in job_directories if _remove_if_empty(directory)]
+    for directory in job_directories:
+        clear(directory)
+        if _remove_if_empty(directory):
+            removed.append(directory)
     return removed
 
 
