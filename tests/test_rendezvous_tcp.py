@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from fastref.errors import RendezvousError, UsageError, WorkerDied
-from fastref.identity import Token, forget_loopback_token, mint
+from fastref.identity import Token, forget_loopback_token, mint, self_made_certificates
+from fastref.options import TlsFiles
 from fastref.rendezvous import Credentials, StreamConnection, job_name, link_all, tell_coordinator, tell_members, visit
 from fastref.rendezvous.hellos import join_hello
 from fastref.rendezvous.stream import parse_endpoint
@@ -102,6 +103,24 @@ def test_whoever_cannot_reach_the_unix_sockets_of_its_own_host_takes_tcp(cast):
     start(cast, "w0", 0, 2, "red", changes=hidden)
     start(cast, "w1", 1, 2, "red")
     assert cast.outcome(1)[3] == ["tcp: its unix socket cannot be reached"]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
+    pytest.importorskip("cryptography")
+    return self_made_certificates(tmp_path_factory.mktemp("tls") / "files")
+
+
+def test_workers_of_two_hosts_meet_and_link_over_tls(cast, certificates):
+    for rank in range(4):
+        start(cast, f"w{rank}", rank, 4, "red" if rank < 2 else "blue", changes={"tls": certificates})
+    assert [outcome[3].count("tcp: another host") for outcome in cast.outcomes()] == [2] * 4
+
+
+def test_a_job_of_which_a_part_wants_tls_is_told_to_everybody(cast, certificates):
+    start(cast, "alice", 0, 2, "red", changes={"tls": certificates})
+    start(cast, "bob", 1, 2, "blue")
+    assert re.search("'bob' .* and worker 'alice' .* did not prove themselves", one_sentence(cast))
 
 
 def test_both_ends_of_a_link_can_take_the_socket_and_talk_over_it(cast, alice):

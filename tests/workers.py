@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
+from fastref.options import TlsFiles
 from fastref.rendezvous import (
     Link,
     Listener,
@@ -29,13 +30,13 @@ PATIENCE_S = 60.0
 class Worker:
     """One worker up to the point where it has its links; what a runtime does with these parts."""
 
-    def __init__(self, name: str, init_method: str, **changes: Any) -> None:
+    def __init__(self, name: str, init_method: str, *, tls: TlsFiles | None = None, **changes: Any) -> None:
         root = run_root()
         self.lock = InstanceLock(root)
         self.listener = Listener(job_directory(root, job_name(init_method)), self.lock.instance)
         self.init_method = init_method
         try:
-            self.door = open_door(self.listener, init_method)
+            self.door = open_door(self.listener, init_method, tls=tls)
         except BaseException:
             self.listener.close()
             self.lock.release()

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fastref.identity import DEFAULT_TIMEOUT_S, find_token, loopback_token, refuse_without_token
+from fastref.options import TlsFiles
 from fastref.rendezvous.addresses import LOOPBACK, Address, choose_address
 from fastref.rendezvous.launchers import all_on_this_host, restart_count
 from fastref.rendezvous.listening import Listener, TcpListener
 from fastref.rendezvous.methods import LOCAL, job_name, scheme_of, store_host
-from fastref.rendezvous.proving import Credentials, Proving, Provings
+from fastref.rendezvous.proving import Credentials, Proving, Provings, Tls
 from fastref.rendezvous.stream import StreamConnection, endpoint_text
 from fastref.rendezvous.ways import forced_transport
 
@@ -104,6 +105,7 @@ def open_door(
     *,
     token: str | None = None,
     address: str | None = None,
+    tls: TlsFiles | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Door | None:
     """Return the door for the workers of other hosts, None when this worker needs none.
@@ -125,6 +127,8 @@ def open_door(
         As for ``join``.
     token, address : str, optional
         Instead of what the environment says.
+    tls : TlsFiles, optional
+        Encrypt; all workers of a job do, or none.
     environ : mapping
         The environment.
 
@@ -152,7 +156,7 @@ def open_door(
         if not chosen.is_loopback:
             refuse_without_token(endpoint_text(chosen.text, 0))
         secret = loopback_token(listener.directory)
-    credentials = Credentials(secret, job_name(init_method), restart_count(environ))
+    credentials = Credentials(secret, job_name(init_method), restart_count(environ), Tls(tls) if tls else None)
     door = Door(TcpListener(chosen.text), credentials, chosen)
     _logger.info("listening at %s for workers of other hosts: %s", door.endpoint, chosen.why)
     return door

@@ -313,7 +313,7 @@ class _Applicant:
         ):
             time.sleep(_LONGEST_PAUSE_S)
             return
-        if isinstance(error, IdentityError):
+        if isinstance(error, IdentityError | ConnectionResetError):
             self._complain(sentences.unproved(self._job, self._record, coordinator, error))
         self._complain(sentences.unreachable(self._job, self._record, coordinator, error))
 

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastref.errors import IdentityError
-from fastref.identity import DEFAULT_TIMEOUT_S, Handshake, Token
+from fastref.identity import DEFAULT_TIMEOUT_S, Handshake, TlsConnection, Token, client_context, relay, server_context
+from fastref.identity.proof import in_words
+from fastref.options import TlsFiles
 from fastref.rendezvous.stream import StreamConnection, parse_endpoint, tune
 
 __all__ = ["Credentials", "Proving", "Provings", "dial", "visit"]
@@ -23,6 +25,23 @@ PROTOCOL = "tcp 1"
 """What two workers have to have in common to talk at all; that they run the same version is said in what follows."""
 
 _LONGEST_WAIT_S = 3600.0  # deadlines may be infinite, the argument of poll may not
+
+
+class Tls:
+    """What TLS needs, read from files once.
+
+    Raises
+    ------
+    UsageError
+        A file cannot be read, or does not hold what it should.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._client, self._server = client_context(files), server_context(files)
+
+    def context(self, *, asks: bool) -> ssl.SSLContext:
+        """Return the settings for the end that connects, or that accepts."""
+        return self._client if asks else self._server
 
 
 @dataclass(frozen=True)
@@ -37,11 +56,14 @@ class Credentials:
         Its name.
     epoch : int
         How often it was restarted.
+    tls : Tls, optional
+        All workers of a job have TLS around their connections, or none.
     """
 
     token: Token
     job: str
     epoch: int
+    tls: Tls | None = None
 
     def handshake(self, *, asks: bool) -> Handshake:
         """Return a new proof for one connection."""
@@ -66,10 +88,14 @@ class Proving:
         self.socket = sock
         self.deadline = deadline
         self._asks = asks
+        self._context = None if credentials.tls is None else credentials.tls.context(asks=asks)
+        self._tls: TlsConnection | None = None
+        self._is_secure = self._context is None
         self._handshake = credentials.handshake(asks=asks)
         self._outgoing = b""
         self._incoming = b""
         self._connecting = asks
+        self._all_out = True  # of what TLS has taken
         self._made_by = os.getpid()
 
     def fileno(self) -> int:
@@ -79,7 +105,8 @@ class Proving:
     @property
     def events(self) -> int:
         """What to wait for before ``advance``, as for selectors."""
-        return selectors.EVENT_WRITE if self._connecting or self._outgoing else selectors.EVENT_READ
+        waits = self._connecting or self._outgoing or (self._tls is not None and not self._all_out)
+        return selectors.EVENT_WRITE if waits else selectors.EVENT_READ
 
     def advance(self) -> bool:
         """Go on as far as possible without waiting; True when both ends have proved themselves.
@@ -96,11 +123,17 @@ class Proving:
         try:
             if self._connecting and not self._connect():
                 return False
-            return self._shake_hands()
+            done = (self._is_secure or self._secure()) and self._shake_hands()
+            self._all_out = self._tls is None or self._tls.flush()
+            return done and self._all_out
         except IdentityError:
             with contextlib.suppress(OSError):  # one who is refused may know which version runs here
-                self.socket.send(self._handshake.to_send())
+                (self._tls or self.socket).send(self._handshake.to_send())
             raise
+        except ssl.SSLEOFError as error:
+            raise ConnectionResetError("the other end closed the connection during the handshake of TLS") from error
+        except ssl.SSLError as error:
+            raise IdentityError(f"TLS with the other end failed: {in_words(error)}") from error
         except OSError as error:
             if self._asks and self._handshake.met:
                 raise IdentityError(
@@ -113,7 +146,9 @@ class Proving:
 
     def connection(self) -> StreamConnection:
         """Return the connection, once both ends have proved themselves; it takes the place of this."""
-        return StreamConnection(self.socket)
+        if self._tls is None:
+            return StreamConnection(self.socket)
+        return StreamConnection(relay(self._tls))
 
     def close(self) -> None:
         """Hang up without a word; idempotent."""
@@ -133,23 +168,39 @@ class Proving:
         self._connecting = False
         return True
 
+    def _secure(self) -> bool:
+        if self._tls is None and self._context is not None:
+            self._tls = TlsConnection(self.socket, self._context)
+        if self._tls is not None:
+            try:
+                self._tls.do_handshake()
+            except BlockingIOError:
+                return False
+        self._is_secure = True
+        return True
+
     def _shake_hands(self) -> bool:
+        stream = self._tls or self.socket
         try:
             while True:
                 self._outgoing += self._handshake.to_send()
                 while self._outgoing:
-                    self._outgoing = self._outgoing[self.socket.send(self._outgoing) :]
+                    self._outgoing = self._outgoing[stream.send(self._outgoing) :]
                 if self._handshake.done:
                     return True
                 missing = self._handshake.wants - len(self._incoming)
-                received = self.socket.recv(missing)
+                received = stream.recv(missing)
                 if not received:
-                    raise ConnectionResetError("the other end closed the connection before it had proved itself")
+                    self._handshake.end(self._incoming)
+                    raise ConnectionResetError(
+                        "the other end closed the connection before it had proved itself: it has ended, or TLS is on "
+                        "there and off here"
+                    )
                 self._incoming += received
                 if len(received) == missing:
                     whole, self._incoming = self._incoming, b""
                     self._handshake.feed(whole)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except BlockingIOError:
             return False
 
 

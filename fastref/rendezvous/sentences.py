@@ -83,7 +83,7 @@ def unproved(job: str, worker: WorkerRecord, other: WorkerRecord, trouble: objec
     """Return the sentence for two workers that do not take each other for members of one job."""
     return (
         f"worker {worker} of job {job!r} and worker {other} at {other.endpoint} did not prove themselves to each "
-        f"other: {trouble}; all workers of a job need the same FASTREF_TOKEN"
+        f"other: {trouble}; all workers of a job need the same FASTREF_TOKEN, and TLS all or none"
     )
 
 
