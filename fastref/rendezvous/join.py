@@ -256,13 +256,14 @@ class _Applicant:
 
     def _ask(self, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:
         """Ask for the seat and wait for the answer; None when this coordinator is not or no longer there."""
+        since = time.monotonic()
         try:
             connection = self._visit(coordinator)
         except ConnectionRefusedError:
             self._last_seen = f"coordinator {coordinator} is dead"
             return None
         except (OSError, IdentityError) as error:
-            self._miss(coordinator, error)
+            self._miss(coordinator, error, since)
             return None
         self._missed.pop(coordinator.instance, None)
         self._lost, self._lost_at = None, math.inf
@@ -301,16 +302,15 @@ class _Applicant:
         deadline = min(self._deadline, time.monotonic() + _REACH_S)
         return visit(coordinator.endpoint, self._door.credentials, deadline)
 
-    def _miss(self, coordinator: WorkerRecord, error: Exception) -> None:
+    def _miss(self, coordinator: WorkerRecord, error: Exception, since: float) -> None:
         """Try again for a while where a coordinator is announced that cannot be talked to; then tell it in writing."""
         self._last_seen = f"coordinator {coordinator} was not reached: {error}"
         if not self._takes_tcp(coordinator):
             return
-        now = time.monotonic()
+        if isinstance(error, TimeoutError):  # it is there, and busy or stopped
+            return
         # It may end just now, or have turned this worker away because too many came at once.
-        if now < self._missed.setdefault(coordinator.instance, now) + _MISSED_GRACE_S and not isinstance(
-            error, TimeoutError
-        ):
+        if time.monotonic() < self._missed.setdefault(coordinator.instance, since) + _MISSED_GRACE_S:
             time.sleep(_LONGEST_PAUSE_S)
             return
         if isinstance(error, IdentityError | ConnectionResetError):

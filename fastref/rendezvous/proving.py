@@ -108,6 +108,11 @@ class Proving:
         waits = self._connecting or self._outgoing or (self._tls is not None and not self._all_out)
         return selectors.EVENT_WRITE if waits else selectors.EVENT_READ
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is somebody, or at least his system, at the other end."""
+        return not self._connecting
+
     def advance(self) -> bool:
         """Go on as far as possible without waiting; True when both ends have proved themselves.
 
@@ -307,14 +312,16 @@ def visit(endpoint: str, credentials: Credentials, deadline: float) -> StreamCon
     IdentityError, ConnectionError
         As ``Proving.advance``.
     TimeoutError
-        The other end cannot be reached, or said too little, within the time.
+        The connection was made, but the other end did not prove itself within the time.
     """
     proving = dial(endpoint, credentials, deadline)
     try:
         while not proving.advance():
             left_s = proving.deadline - time.monotonic()
+            if left_s <= 0 and not proving.is_connected:
+                raise ConnectionAbortedError(f"nothing answers at {endpoint}")
             if left_s <= 0:
-                raise TimeoutError(f"nobody answered at {endpoint} within {DEFAULT_TIMEOUT_S:g} s")
+                raise TimeoutError(f"who listens at {endpoint} did not prove himself in time")
             poller = select.poll()
             poller.register(
                 proving.fileno(), select.POLLOUT if proving.events == selectors.EVENT_WRITE else select.POLLIN
