@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,6 +104,53 @@ def test_whoever_cannot_reach_the_unix_sockets_of_its_own_host_takes_tcp(cast):
     start(cast, "w0", 0, 2, "red", changes=hidden)
     start(cast, "w1", 1, 2, "red")
     assert cast.outcome(1)[3] == ["tcp: its unix socket cannot be reached"]
+
+
+def test_more_workers_than_may_knock_at_once_all_get_in(store, monkeypatch):
+    # Threads of one process, each a host of its own: what counts is that they come together.
+    monkeypatch.setenv("FASTREF_TOKEN", SECRET)
+    world_size = 80
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(worker(f"w{rank}", store, host=f"host{rank}")) for rank in range(world_size)]
+        threads = [
+            threading.Thread(target=one.join, args=(rank, world_size, PATIENCE_S))
+            for rank, one in reversed(list(enumerate(workers)))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(one.membership is not None for one in workers)
+        assert len({one.membership.members for one in workers}) == 1
+
+
+def test_a_dozen_hosts_are_linked_each_with_each(store, monkeypatch):
+    monkeypatch.setenv("FASTREF_TOKEN", SECRET)
+    world_size = 12
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(worker(f"w{rank}", store, host=f"host{rank}")) for rank in range(world_size)]
+
+        def meet(rank: int) -> None:
+            workers[rank].join(rank, world_size, PATIENCE_S)
+            workers[rank].link(PATIENCE_S)
+
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for rank, one in enumerate(workers):
+            assert sorted(one.links) == [other for other in range(world_size) if other != rank]
+
+
+def test_workers_meet_over_ipv6(cast):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    for rank in range(2):
+        start(cast, f"w{rank}", rank, 2, f"host{rank}", environment={"FASTREF_ADDRESS": "::1"})
+    assert [outcome[0] for outcome in cast.outcomes()] == [["w0", "w1"]] * 2
 
 
 @pytest.fixture(scope="module")
@@ -369,8 +417,6 @@ def test_a_world_of_two_hosts_fills_in_spite_of_a_stranger(cast, alice, stranger
 def proved_visitor(alice: Worker) -> StreamConnection:
     """Return a connection to a worker that is not looking yet, so proved by turns."""
     connection: list[StreamConnection] = []
-    import threading
-
     thread = threading.Thread(
         target=lambda: connection.append(visit(alice.door.endpoint, alice.door.credentials, time.monotonic() + 5.0))
     )

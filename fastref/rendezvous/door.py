@@ -27,6 +27,8 @@ __all__ = ["Door", "open_door"]
 
 MAX_UNPROVED = 64
 """Visitors that may be proving themselves at once; one more and the oldest has to go."""
+# So many that those who prove themselves without delay, which takes two rounds more, are not pushed out by each other.
+_GREETED_AT_ONCE = MAX_UNPROVED // 4
 
 _logger = logging.getLogger("fastref")
 
@@ -71,7 +73,8 @@ class Door:
         """
         if not self._proved:
             self._provings.expire()
-            for key, _ in self._selector.select(0):
+            # Those who are there before those who come, who may push them out.
+            for key, _ in sorted(self._selector.select(0), key=lambda event: event[0].data == self._greet):
                 # An earlier event of this batch may have closed it, and its number may be that of another by now.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
@@ -86,7 +89,7 @@ class Door:
         self._selector.close()
 
     def _greet(self) -> None:
-        for _ in range(MAX_UNPROVED):
+        for _ in range(_GREETED_AT_ONCE):
             sock = self._listener.accept()
             if sock is None:
                 return

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from pathlib import Path
 
 from fastref.errors import ProtocolError, ResourceError
 from fastref.identity import forget_loopback_token
+from fastref.identity.token import LOOPBACK_TOKEN_NAME
 from fastref.rendezvous.connection import Connection, peer_of, socket_address
 from fastref.rendezvous.stream import endpoint_text, tune
 from fastref.segments.rundir import make_private_directory
@@ -19,6 +21,7 @@ STATIC_SUFFIX, MEMBER_SUFFIX = "sock", "member"
 """How the sockets of workers end: of those of a job of fixed size, of those of a group that workers join and leave."""
 
 _BACKLOG = 4096
+_TIMES_TO_FORGET = 100
 # What accept says of a visitor that has gone again; the next one may be fine.
 _GONE_AGAIN = (errno.ECONNABORTED, errno.ENETDOWN, errno.EPROTO, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
@@ -82,12 +85,24 @@ class Listener:
         if not self._queue.close() or os.getpid() != self._pid:
             return
         self.path.unlink(missing_ok=True)
-        forget_loopback_token(self.directory)
+        for _ in range(_TIMES_TO_FORGET):
+            is_clear = forget_loopback_token(self.directory)
+            try:
+                self.directory.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    raise
+            # Another one who leaves may be looking whether he is the last, and have seen the socket from here still.
+            if is_clear or not self._is_last():
+                return
+            time.sleep(0.001)
+
+    def _is_last(self) -> bool:
         try:
-            self.directory.rmdir()
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return False
+        return bool(names) and all(name.partition(".")[0] == LOOPBACK_TOKEN_NAME for name in names)
 
     def _bind(self) -> None:
         # A listener that closes, or a sweep, removes the directory when it is empty: make it again then.
