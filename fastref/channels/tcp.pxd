@@ -42,7 +42,7 @@ cdef class TcpChannel(Channel):
     cdef uint64_t told_received, told_acquired  # what the peer was told last
     cdef uint64_t owed_bytes    # of bulk that came since
     cdef bint wants_room        # the socket was full: the loop goes on when there is room
-    cdef bint leaving           # say so when all is sent
+    cdef readonly bint leaving  # say so when all is sent
     cdef bint left              # it has been said
     cdef readonly bint peer_left
     cdef readonly bint broken   # nothing can be sent or read until `resume`

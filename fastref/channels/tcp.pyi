@@ -10,6 +10,7 @@ class TcpChannel(Channel):
     source: int
     room_bytes: int
     broken: bool
+    leaving: bool
     peer_left: bool
     reason: str | None
     sent: int

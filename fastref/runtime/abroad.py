@@ -91,7 +91,8 @@ class Abroad:
 
     def _on_break(self, rank: int, reason: str) -> None:
         channel = self.channels[rank]
+        left = channel.peer_left or channel.leaving  # of two that leave one hears the end of the other first
         try:
-            self._on_gone(rank, "it closed its link" if channel.peer_left else reason, channel.peer_left)
+            self._on_gone(rank, "it closed its link" if left else reason, left)
         except Exception:
             logger.exception("the end of worker %d could not be dealt with", rank)

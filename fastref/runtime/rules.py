@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from fastref import _core
+from fastref._core import MirrorHolder
 from fastref.codec.failures import encode_failure
 from fastref.codec.stream import decode, encode
 from fastref.errors import PeerError, ProtocolError, ResourceError
@@ -115,7 +116,7 @@ class RuleKeeper(Server):
             if fork:
                 with self._rules:
                     self._user_forks.granted(peer.rank, (index, generation), fork)
-            if peer.is_far:
+            if isinstance(peer.holder, MirrorHolder):
                 peer.holder.note(index, generation, "pending")
             credits.append((index, generation))
         peer.add_credits(credits)
@@ -160,7 +161,7 @@ class RuleKeeper(Server):
 
     def _settled(self, peer: Peer, call: int, value: Any) -> None:
         index, generation, failed = value
-        if not peer.is_far:
+        if not isinstance(peer.holder, MirrorHolder):
             raise ProtocolError("what a worker that shares memory need not say")
         if peer.holder.generation(index) == generation:
             peer.holder.note(index, generation, "failed" if failed else "ready")

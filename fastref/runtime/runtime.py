@@ -159,7 +159,7 @@ class Runtime(GroupKeeper):
         check_numbers(rank, world_size)
         check_no_group(self._listener, has_left_one=count > 0)
         self._memory = OwnMemory(self._lock, options)
-        self._door = open_door(self._listener, options.init_method, store, token=options.token)
+        self._door = open_door(self._listener, options.init_method, store, token=options.token, tls=options.tls)
         self._membership = join(
             self._describe(name), self._listener, options.init_method, rank, world_size, options.rpc_timeout, store,
             count, self._door,
@@ -240,7 +240,9 @@ class Runtime(GroupKeeper):
             elif self._listener is not None and not isinstance(error, RendezvousError):
                 if not isinstance(error.__cause__, RendezvousError):
                     record, method = self._describe(name), self.options.init_method
-                    tell_coordinator(record, self._listener, method, rank, world_size, cause, store, count)
+                    tell_coordinator(
+                        record, self._listener, method, rank, world_size, cause, store, count, self._door
+                    )
         except (OSError, RuntimeError, ValueError) as trouble:
             error.add_note(f"The other workers could not be told: {trouble}")
 
@@ -258,7 +260,7 @@ class Runtime(GroupKeeper):
                 link.send_message(LINK_FAILED, {"sentence": sentence[:2000]})
             except PeerError:
                 pass  # it has left, or died, before us
-        tell_members(record, members, sentence, heard_s)
+        tell_members(record, members, sentence, heard_s, self._door)
 
     def _link_up(self, deadline: float) -> None:
         """Link to every other worker, start serving, and wait until all of them serve."""
@@ -269,8 +271,8 @@ class Runtime(GroupKeeper):
                 membership.record, membership.members, listener, segments_for, deadline, self._door
             )
         )
-        if self._door is not None:  # all have come
-            self._door.close()
+        if self._door is not None:
+            self._door.close()  # all have come
         self._wait_for_greetings(self._begin_to_serve(), deadline)
 
     def _link(self, make: Callable[[Callable[[WorkerRecord], Segments]], Mapping[int, Link | TcpLink]]) -> None:
