@@ -345,11 +345,13 @@ cdef class RRef:
         Raises
         ------
         UsageError
-            It has been taken, or its worker has let go of everything.
+            It has been taken, or its worker has let go of everything, or this is no fork data.
         """
         if _current is None:
             raise NotInitialized(
                 "Current RPC agent is not set! Did you initialize the RPC framework (e.g. by calling `rpc.init_rpc`)?")
+        if len(fork_data) != 7:
+            raise UsageError(f"Pickled RRefForkData must contain 7 numbers. It has {len(fork_data)}")
         return _current.take_over(fork_data[5], fork_data[4])
 
     cdef str _describe(self):

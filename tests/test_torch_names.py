@@ -100,6 +100,24 @@ def fetch_forked(fork: tuple[Any, ...]) -> Any:
     return rpc.RRef._deserialize(fork).to_here()
 
 
+@pytest.mark.parametrize("data", [(), (1, 2), (0,) * 8], ids=len)
+@in_job
+def test_what_is_no_fork_data_is_refused(data: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="Pickled RRefForkData must contain 7 numbers"):
+        rpc.PyRRef._deserialize(data)
+
+
+@in_job
+def test_the_inside_of_torchs_agent_names_itself_when_it_is_used() -> None:
+    agent = rpc._get_current_rpc_agent()
+    for name, use in (
+        ("store", lambda: agent.store.get("key")),
+        ("_update_group_membership", lambda: agent._update_group_membership(agent.get_worker_info(), [], {}, True)),
+    ):
+        with pytest.raises(UsageError, match=f"fastref does not have torch.distributed.rpc.TensorPipeAgent.{name}: "):
+            use()
+
+
 @in_job
 def test_the_future_of_a_creation_tells_why_it_failed() -> None:
     assert rpc.remote("w1", work.echo, (1,))._get_future().wait() is None

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from fastref.errors import UsageError
 
-__all__ = ["ABSENT", "Absent", "AbsentModule", "lookup"]
+__all__ = ["ABSENT", "INSIDE", "Absent", "AbsentModule", "lookup"]
 
-_AGENT = "it is part of torch's own agent, which fastref does without"
+INSIDE = "it is part of torch's own agent, which fastref does without"
 _AUTOGRAD = "distributed autograd comes with a later version; until then compute gradients where the tensors live"
 _SCRIPT = "references do not travel inside TorchScript; send what `to_here()` returns"
 _PROFILER = "`_server_process_global_profile` profiles what others call here"
@@ -32,7 +32,7 @@ ABSENT: dict[str, dict[str, str]] = {
                 "_set_profiler_node_id",
                 "_validate_rpc_args",
             ),
-            _AGENT,
+            INSIDE,
         ),
         "_disable_jit_rref_pickle": _SCRIPT,
         "_enable_jit_rref_pickle": _SCRIPT,
@@ -41,8 +41,8 @@ ABSENT: dict[str, dict[str, str]] = {
         "_enable_server_process_global_profiler": _PROFILER,
     },
     "torch.distributed.rpc._utils": {
-        "_group_membership_management": _AGENT,
-        "_update_group_membership": _AGENT,
+        "_group_membership_management": INSIDE,
+        "_update_group_membership": INSIDE,
     },
     "torch.distributed.autograd": dict.fromkeys(
         (

@@ -8,6 +8,7 @@ import torch
 
 from fastref.errors import NotInitialized
 from fastref.options import WorkerInfo
+from fastref.rpc.absent import INSIDE, Absent
 from fastref.rref import current_wiring
 
 __all__ = ["RpcAgent", "TensorPipeAgent"]
@@ -15,6 +16,9 @@ __all__ = ["RpcAgent", "TensorPipeAgent"]
 
 class RpcAgent:
     """A view of the current runtime. All views of one runtime are equal."""
+
+    store = Absent("torch.distributed.rpc.TensorPipeAgent.store", INSIDE)
+    _update_group_membership = Absent("torch.distributed.rpc.TensorPipeAgent._update_group_membership", INSIDE)
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
