@@ -111,3 +111,16 @@ def test_a_hint_must_be_an_interface_that_the_module_has() -> None:
         rpc.RRef(scripted(1.0), Scale)
     with pytest.raises(UsageError, match="type_hint should only be specified when the RRef being created contains a"):
         rpc.RRef(1, int)
+
+
+@rpc.functions.async_execution
+@torch.jit.script
+def twice_without_a_future(value: torch.Tensor) -> torch.Tensor:
+    return value + value
+
+
+@in_job
+def test_a_script_function_that_should_answer_later_and_has_no_future_is_told_as_torch_does() -> None:
+    for call in (rpc.rpc_sync, lambda *what: rpc.rpc_async(*what).wait(), lambda *what: rpc.remote(*what).to_here()):
+        with pytest.raises(RuntimeError, match="Async functions must return an IValue of Future type, but got Tensor"):
+            call("w1", twice_without_a_future, (torch.ones(1),))

@@ -26,6 +26,7 @@ from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD
 
 from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
+from fastref.codec.script import type_name
 from fastref.errors import CallTimeout, PeerError, ProtocolError, RemoteError, ResourceError
 from fastref.futures import Future
 
@@ -159,7 +160,6 @@ cdef class Executor(ReferenceCaller):
     cdef int _answer_when_done(self, Job job) except -1:
         """A function marked by ``async_execution`` has returned: its answer is the result of a future. No thread waits."""
         future, job.body = job.body, None
-        _require_future(future)
         job.parked = True  # it is not served yet
         self.futures_awaited += 1
         self.awaiting.add(job)
@@ -248,9 +248,10 @@ cdef class Executor(ReferenceCaller):
             func, args, kwargs = job.body
         job.body = None
         job.answers_later = _is_marked(func)
-        if self.around is not None:
-            return self.around(func, args, kwargs or {})
-        return self.call_function(func, args, kwargs)
+        result = self.call_function(func, args, kwargs) if self.around is None else self.around(func, args, kwargs or {})
+        if job.answers_later:
+            _require_future(result, func)
+        return result
 
     cpdef object call_function(self, object func, object args, object kwargs):
         """Call a function that a peer named."""
@@ -274,7 +275,7 @@ cdef class Executor(ReferenceCaller):
         """Call a function that a peer named; return a future of its result, its own if ``async_execution`` marked it."""
         result = self.call_function(func, args, kwargs)
         if _is_marked(func):
-            _require_future(result)
+            _require_future(result, func)
             return result
         future = Future()
         future.set_result(result)
@@ -430,9 +431,11 @@ cdef class Executor(ReferenceCaller):
         return 0
 
 
-cdef int _require_future(object value) except -1:
+cdef int _require_future(object value, object func) except -1:
     """Raise when a function marked by ``async_execution`` has returned something else than a future."""
     if not isinstance(value, torch._C.Future):  # what ``then`` returns is one, and no torch.futures.Future
+        if isinstance(getattr(func, MARK), torch.jit.ScriptFunction):
+            raise TypeError(f"Async functions must return an IValue of Future type, but got {type_name(value)}")
         kind = type(value)
         raise TypeError("Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
                         f"{kind.__module__}.{kind.__qualname__}")
