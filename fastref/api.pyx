@@ -16,6 +16,7 @@ from fastref import profiling
 from fastref.errors import NotInitialized, UsageError
 from fastref.futures import Future
 from fastref.options import RpcBackendOptions, WorkerInfo
+from fastref.rendezvous import plain_number
 from fastref.rref import RRef, current_wiring, set_current_wiring
 from fastref.runtime.runtime import Runtime
 
@@ -109,6 +110,7 @@ def join(name: str, rank: int, world_size: int | None, options: RpcBackendOption
             raise UsageError("RPC is already initialized")
         try:
             kind = options.runtime_type or Runtime
+            rank, world_size = plain_number(rank), plain_number(world_size)
             kind(name, rank, world_size, options, store, count=_joined, before_serving=_begin)
         except BaseException:
             set_current_wiring(None)

@@ -43,6 +43,10 @@ def test_nothing_works_before_init_rpc() -> None:
         lambda: rpc.remote("w1", work.nothing),
         lambda: rpc.get_worker_info(),
         lambda: rpc.get_worker_info("w1"),
+        lambda: rpc._get_debug_info(),
+        lambda: rpc.api._all_gather(1),
+        lambda: rpc.api._barrier(["w0"]),
+        lambda: rpc.api._wait_all_workers(),
     ):
         with pytest.raises(NotInitialized) as caught:
             attempt()
@@ -130,7 +134,17 @@ def test_a_timeout_may_be_a_number_of_any_library(number: Any) -> None:
     assert type(rpc.RpcBackendOptions(num_worker_threads=np.int64(5)).num_worker_threads) is int
 
 
-@pytest.mark.parametrize("rank", ["0", 1.5, -2])
+def test_a_rank_and_a_size_may_be_integers_of_any_library() -> None:
+    options = rpc.RpcBackendOptions(init_method="local://of-any-library")
+    with rpc.init_rpc("w0", rank=np.int64(0), world_size=np.int32(1), rpc_backend_options=options):
+        assert type(rpc.get_worker_info().id) is int
+        assert rpc.rpc_sync("w0", work.add, args=(1, 2)) == 3
+    store = torch.distributed.HashStore()
+    rpc._init_rpc_backend(rpc.BackendType.TENSORPIPE, store, "w0", np.int64(0), np.int64(1), options)
+    rpc.shutdown()
+
+
+@pytest.mark.parametrize("rank", ["0", 1.5, -2, np.float64(0), np.bool_(False)])
 def test_a_rank_that_is_none_is_refused(rank: Any) -> None:
     with pytest.raises((UsageError, TypeError), match="rank"):
         rpc.init_rpc("w0", rank=rank, world_size=1, rpc_backend_options=rpc.RpcBackendOptions(init_method="local://x"))
@@ -164,6 +178,13 @@ def test_an_unknown_destination_is_named(to: Any) -> None:
         with pytest.raises(UsageError) as caught:
             call(to, work.nothing)
         assert str(caught.value) == f"name:w0,rank:0 could not find destination {what} {to}"
+
+
+@pytest.mark.parametrize("rank", [1, True, np.int64(1)], ids=repr)
+@in_job
+def test_a_worker_is_found_by_an_integer_of_any_library(rank: Any) -> None:
+    for find in (rpc.get_worker_info, rpc._get_current_rpc_agent().get_worker_info):
+        assert find(rank) == rpc.get_worker_info("w1")
 
 
 @in_job
@@ -243,6 +264,13 @@ def test_keywords_that_are_none_are_refused(kwargs: Any) -> None:
     for call in CALLS:
         with pytest.raises(TypeError):
             fetch(call("w1", work.gather, (), kwargs))
+
+
+@pytest.mark.parametrize("nothing", [None, (), [], 0, False, "", {}], ids=repr)
+@in_job
+def test_arguments_that_are_false_are_none(nothing: Any) -> None:
+    for call in CALLS:
+        assert fetch(call("w1", work.gather, nothing, nothing)) == fetch(call("w1", work.gather))
 
 
 @in_job

@@ -21,7 +21,7 @@ from fastref.rendezvous.join import Membership, join
 from fastref.rendezvous.links import Link, TcpLink, read_link_hello, read_stream_hello
 from fastref.rendezvous.listening import MEMBER_SUFFIX, Listener, TcpListener
 from fastref.rendezvous.mesh import link_all
-from fastref.rendezvous.methods import check_numbers, is_open, job_name, resolve_member_rank, resolve_rank
+from fastref.rendezvous.methods import check_numbers, is_open, job_name, plain_number, resolve_member_rank, resolve_rank
 from fastref.rendezvous.proving import Credentials, Proving, Provings, dial, visit
 from fastref.rendezvous.records import WorkerRecord
 from fastref.rendezvous.sentences import could_not_start
@@ -66,6 +66,7 @@ __all__ = [
     "link_members",
     "open_door",
     "place_of",
+    "plain_number",
     "read_ask",
     "read_link_hello",
     "read_stream_hello",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import socket
 import time
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlparse, urlunparse
@@ -26,6 +28,7 @@ __all__ = [
     "job_name",
     "store_host",
     "open_store",
+    "plain_number",
     "resolve_member_rank",
     "resolve_rank",
     "scheme_of",
@@ -74,6 +77,13 @@ def check_numbers(rank: Any, world_size: Any) -> None:
         is_left_out = number is None and what == "world_size"  # a rank is left out by -1
         if not is_left_out and (isinstance(number, bool) or not isinstance(number, int)):
             raise UsageError(f"{what} is an integer, got {number!r}")
+
+
+def plain_number(number: Any) -> Any:
+    """Return an integer of another library, such as numpy, as an ``int``, and all else as it is."""
+    if isinstance(number, Integral) and not isinstance(number, bool):
+        return operator.index(number)
+    return number
 
 
 def claimed_numbers(init_method: str, rank: Any, world_size: Any) -> tuple[int | None, int | None]:

@@ -206,9 +206,8 @@ def _all_gather(
     ------
     ``torch.distributed.rpc.api._all_gather``. Different on purpose: it does not wait for the dead.
     """
-    agent = current_agent()
-    own = agent.get_worker_info().name
-    names = set(worker_names or (info.name for info in agent.get_worker_infos()))
+    own = get_worker_info().name
+    names = set(worker_names or (info.name for info in current_agent().get_worker_infos()))
     leader = min(names)
     call_timeout = get_rpc_timeout() if timeout == UNSET_RPC_TIMEOUT else timeout
     patience = timeout if timeout > 0 else None
@@ -252,6 +251,7 @@ def _all_gather(
 
 def _barrier(worker_names: Iterable[str]) -> None:
     """Wait until all workers of a group have called it. What goes wrong is logged."""
+    get_worker_info()  # which raises without a job
     try:
         _all_gather(None, set(worker_names))
     except RuntimeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastref.api import get_worker_info
 from fastref.rpc.agent import current_agent
 
 __all__ = ["_get_debug_info", "_rref_context_get_debug_info", "enable_gil_profiling"]
@@ -27,6 +28,7 @@ def _rref_context_get_debug_info() -> dict[str, str]:
 
 def _get_debug_info() -> dict[str, Any]:
     """Return all counters: of references, of the agent, of distributed autograd; the last are numbers, as in torch."""
+    get_worker_info()  # which says it as torch does when there is no job
     return {**_rref_context_get_debug_info(), **current_agent().get_debug_info(), **_AUTOGRAD}
 
 

@@ -19,10 +19,13 @@ from fastref.runtime.publish cimport Publisher
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, FLAG_PUBLISHED, INTERN, NO_SLOT,
                                  PYTHON_CALL, fr_block, fr_frame)
 
+import operator
+from sys import modules as _modules
+from types import BuiltinFunctionType, FunctionType
+from typing import SupportsIndex
+
 import cython
 import torch
-from types import BuiltinFunctionType, FunctionType
-from sys import modules as _modules
 
 from fastref.codec import mainmodule
 from fastref.codec.failures import decode_failure
@@ -203,8 +206,8 @@ cdef class Caller(Publisher):
         self.check()
 
     def find(self, to):
-        """Return the ``WorkerInfo`` of a worker by name or rank."""
-        return self.peer_of(to).info
+        """Return the ``WorkerInfo`` of a worker by name or rank, which may be an integer of any library."""
+        return self.peer_of(operator.index(to) if isinstance(to, SupportsIndex) else to).info
 
     def close(self) -> None:
         """Refuse further use; wake every thread that waits, and fail what nobody will answer any more."""

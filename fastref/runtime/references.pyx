@@ -62,6 +62,16 @@ cdef inline bint _profiled() except -1:
     return _flag() if _flag != NULL else torch.autograd._profiler_enabled()
 
 
+cdef tuple _row(object args):
+    """Positional arguments; what is false stands for none, as in torch."""
+    try:
+        return tuple(args)
+    except TypeError:
+        if args:
+            raise
+        return ()
+
+
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # the part of an id that its maker counts
 cdef list _NOTHING = []
 
@@ -86,11 +96,11 @@ cdef class ReferenceCaller(Caller):
         if self.closed:
             raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
         peer = self.peer_of(to)
-        row = () if args is None else tuple(args)
+        row = <tuple>args if type(args) is tuple else _row(args)
         if kwargs is not None and type(kwargs) is not dict:
-            if not hasattr(kwargs, "keys"):
+            if kwargs and not hasattr(kwargs, "keys"):
                 raise TypeError(f"kwargs must be a mapping, not {type(kwargs).__name__}")
-            kwargs = dict(kwargs)
+            kwargs = dict(kwargs or ())
         if how != HOW_REMOTE and not callable(func):
             raise TypeError("function should be callable.")
         if self.detour is not None:
