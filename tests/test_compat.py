@@ -257,7 +257,8 @@ finally:
     assert "UsageError: fastref cannot take the place" in run("-c", program, at=scripts, succeeds=False)
 
 
-# A program that installs where only the first process passes, and asks children what they have.
+# A program that installs where only the first process passes, unless it is run by the command, and asks children what
+# they have.
 CHILDREN = """
 import multiprocessing, os, sys
 
@@ -295,8 +296,9 @@ if __name__ == "__main__":
         context.set_forkserver_preload(["preloaded"])
         from multiprocessing import forkserver
         forkserver.ensure_running()
-    from fastref import compat
-    compat.install()
+    if "command" not in sys.argv:
+        from fastref import compat
+        compat.install()
     if way == "spawn of torch":
         import torch.multiprocessing
         torch.multiprocessing.spawn(of_torch)
@@ -315,6 +317,12 @@ def test_children_have_it_however_they_are_started(scripts: Path, way: str) -> N
     (scripts / "preloaded.py").write_text("import torch.distributed.rpc as rpc\n")
     expected = "fastref.api fastref.rpc.api\n" if "warm" in way else "fastref.rpc fastref.rpc\n"
     assert run("program.py", way, at=scripts) == expected
+    assert run(*COMMAND, "program.py", way, "command", at=scripts) == expected
+
+
+def test_a_program_whose_children_import_torch_first_of_all_runs_unchanged(scripts: Path) -> None:
+    (scripts / "program.py").write_text(TWO_WORKERS.replace('print("result"', "print(rpc.__name__"))
+    assert run(*COMMAND, "program.py", f"file://{scripts}/meeting", at=scripts) == "fastref.rpc 14 [3.0, 3.0]\n"
 
 
 # ---- names

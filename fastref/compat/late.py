@@ -66,8 +66,10 @@ class _Watcher:
         """Return the specification of a module, None when it is not one of those to wait for."""
         if fullname not in ("torch", "fastref"):
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+        finders = list(sys.meta_path)
+        behind = finders[finders.index(self) + 1 :] if self in finders else []
+        for finder in behind:  # another of these among them asks those behind itself in turn
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     self._watch(spec.loader)
