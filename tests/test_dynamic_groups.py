@@ -443,10 +443,10 @@ def test_ranks_end_where_rings_do(troupe: Troupe) -> None:
 # ---- over a store
 
 
-def join_over(path: str, name: str, rank: int) -> None:
+def join_over(path: str, name: str, rank: int, init_method: str = "local://not-asked") -> None:
     """Join as programs do that bring a store of their own."""
     store = torch.distributed.FileStore(path, -1)
-    options = rpc.TensorPipeRpcBackendOptions(init_method="local://not-asked")
+    options = rpc.TensorPipeRpcBackendOptions(init_method=init_method)
     rpc._init_rpc_backend(rpc.backend_registry.BackendType.TENSORPIPE, store, name, rank, None, options)
 
 
@@ -459,6 +459,18 @@ def test_workers_find_each_other_over_a_store_of_their_own(troupe: Troupe, tmp_p
     stranger.do(join_over, str(tmp_path / "another"), "w0", 0)
     assert stranger.do(members) == {"w0": 0}
     for worker in (*crew, stranger):
+        leave(worker)
+
+
+@pytest.mark.parametrize("init_method", ["env://", "tcp://no.such.host.invalid:1"])
+def test_those_who_bring_a_store_are_not_asked_for_what_the_init_method_lacks(
+    troupe: Troupe, tmp_path: Any, init_method: str
+) -> None:
+    crew = [troupe.hire(name) for name in ("w0", "w1")]
+    for rank, worker in enumerate(crew):
+        worker.do(join_over, str(tmp_path / "store"), worker.name, rank, init_method)
+    check_group(*crew)
+    for worker in crew:
         leave(worker)
 
 

@@ -134,8 +134,10 @@ def is_open(init_method: str, world_size: int | None) -> bool:
     return world_size is None and not _settings(init_method).get("world_size")
 
 
-def resolve_member_rank(init_method: str, rank: int = -1) -> int:
+def resolve_member_rank(init_method: str, rank: int = -1, *, has_store: bool = False) -> int:
     """Return the rank of a worker of a group without a fixed size, as ``resolve_rank`` does.
+
+    Those who are given a store meet over it: then it does not matter what else the init method lacks.
 
     Raises
     ------
@@ -148,7 +150,7 @@ def resolve_member_rank(init_method: str, rank: int = -1) -> int:
     if rank == -1:
         rank = _integer("rank", _settings(init_method).get("rank") or "-1")
     scheme = scheme_of(init_method)
-    host = _host_of(init_method)
+    host = None if has_store else _host_of(init_method)
     if (rank == -1 and scheme != LOCAL) or host == "":
         open_store(init_method, rank, -1, _STORE_SAYS_NO_S)
     if rank < 0:

@@ -176,7 +176,7 @@ class Runtime(GroupKeeper):
         """Join a group of open size: meet all members one by one, and be known to all of them."""
         options = self.options
         check_worker_name(name)
-        rank = resolve_member_rank(options.init_method, rank)
+        rank = resolve_member_rank(options.init_method, rank, has_store=store is not None)
         check_rank(rank, MAX_PEERS)
         directory = job_directory(run_root(), group_name(options.init_method, store))
         self._listener = Listener(directory, self._lock.instance, MEMBER_SUFFIX)
