@@ -167,7 +167,7 @@ class RpcBackendOptions:
         token: str | None = None,
         tls: TlsFiles | None = None,
     ) -> None:
-        timeout_s = _seconds(rpc_timeout)
+        self.rpc_timeout = rpc_timeout
         if init_method is None:
             init_method = os.environ.get(INIT_METHOD_VARIABLE, DEFAULT_INIT_METHOD)
         if not isinstance(init_method, str):
@@ -188,7 +188,6 @@ class RpcBackendOptions:
             raise TypeError(f"{_AS_TORCH}token is a string, got a {type(token).__name__}")
         if tls is not None and not isinstance(tls, TlsFiles):
             raise TypeError(f"{_AS_TORCH}tls is a TlsFiles, got {tls!r}")
-        self.rpc_timeout = timeout_s
         self.init_method = init_method
         self.num_worker_threads = operator.index(num_worker_threads)
         self.table_bits = table_bits
@@ -199,8 +198,18 @@ class RpcBackendOptions:
         self.tls = tls
 
     def __repr__(self) -> str:
-        shown = {**vars(self), "token": "..." if self.token is not None else None}
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        shown = {"rpc_timeout": self.rpc_timeout, **kept, "token": "..." if self.token is not None else None}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @property
+    def rpc_timeout(self) -> float:
+        """Seconds that a call may take by default. What is no such number cannot be set later either."""
+        return self._timeout_s
+
+    @rpc_timeout.setter
+    def rpc_timeout(self, seconds: float) -> None:
+        self._timeout_s = _seconds(seconds)
 
 
 def _seconds(rpc_timeout: object) -> float:

@@ -127,6 +127,16 @@ def test_options_of_another_type_are_type_errors_as_torchs_are(kind: type, optio
     assert str(caught.value).endswith(f"got {value!r}")
 
 
+@pytest.mark.parametrize("timeout", [timedelta(seconds=1), "1", None, -1, math.nan], ids=repr)
+def test_a_timeout_that_is_none_cannot_be_set_later_either(timeout: Any) -> None:
+    options = rpc.TensorPipeRpcBackendOptions(rpc_timeout=5)
+    with pytest.raises((TypeError, UsageError), match="rpc_timeout is a number of seconds"):
+        options.rpc_timeout = timeout
+    assert options.rpc_timeout == 5
+    options.rpc_timeout = np.float32(6)  # type: ignore[assignment]
+    assert (options.rpc_timeout, type(options.rpc_timeout)) == (6.0, float)
+
+
 @pytest.mark.parametrize("number", [5, np.float32(5), np.int64(5), torch.tensor(5.0), Fraction(5)], ids=repr)
 def test_a_timeout_may_be_a_number_of_any_library(number: Any) -> None:
     options = rpc.RpcBackendOptions(rpc_timeout=number)

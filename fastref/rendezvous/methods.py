@@ -81,9 +81,9 @@ def check_numbers(rank: Any, world_size: Any) -> None:
 
 def plain_number(number: Any) -> Any:
     """Return an integer of another library, such as numpy, as an ``int``, and all else as it is."""
-    if isinstance(number, Integral) and not isinstance(number, bool):
-        return operator.index(number)
-    return number
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        return number
+    return operator.index(number)
 
 
 def claimed_numbers(init_method: str, rank: Any, world_size: Any) -> tuple[int | None, int | None]:

@@ -113,11 +113,10 @@ def _init_rpc_backend(
     UsageError
         An argument is of another type, or RPC is already initialized.
     """
-    for value, kind in ((backend, BackendType), (store, Store), (name, str), (rank, Integral)):
+    size = 0 if world_size is None else world_size
+    for value, kind in ((backend, BackendType), (store, Store), (name, str), (rank, Integral), (size, Integral)):
         if not isinstance(value, kind):
             raise UsageError(f"Argument {value} must be of type {kind} but got type {type(value)}")
-    if world_size is not None and not isinstance(world_size, Integral):
-        raise UsageError(f"Argument {world_size} must be of type {Integral} but got type {type(world_size)}")
     if current_wiring() is not None:
         raise UsageError("RPC is already initialized")
     agent = backend_registry.init_backend(
