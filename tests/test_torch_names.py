@@ -422,6 +422,16 @@ def test_leaving_lets_go_of_what_lives_elsewhere_and_finds_no_leak(troupe: Troup
     crew[1].do(use_after_leaving, "a")
 
 
+def test_the_dead_are_not_waited_for_by_those_who_look_for_leaks(troupe: Troupe) -> None:
+    crew = troupe.start(3)
+    crew[2].do(puppets.keep_result, "a", rpc.remote, "w0", puppets.Cell, (1,))
+    crew[2].kill()
+    for puppet in crew[:2]:
+        puppet.order(leave_and_check, False)
+    for puppet in crew[:2]:
+        puppet.outcome()
+
+
 def test_a_value_that_others_hold_at_the_end_is_told(troupe: Troupe) -> None:
     crew = troupe.start(2)
     crew[1].do(puppets.keep_result, "a", rpc.remote, "w0", puppets.Cell, (1,))

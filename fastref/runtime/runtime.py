@@ -509,14 +509,14 @@ class Runtime(GroupKeeper):
         self._checks = check is not None
         self.wait_for_all(timeout_s)
         with self._round_heard:
-            checking, live = self._rounds.checking(), set(self._rounds.live)
+            checking = self._rounds.checking()
         if not checking:
             return
         try:
             if check is None:
                 self.delete_user_references()
             else:
-                check(checking >= live)
+                check(len(checking) == self.record.world_size)
         finally:  # nobody leaves before all have looked
             self.wait_for_all(max(deadline - time.monotonic(), 1e-3) if timeout_s else 0.0)
 
