@@ -337,14 +337,15 @@ def test_a_call_without_a_limit_waits() -> None:
     assert rpc.rpc_async("w1", work.sleep, args=(0.3,), timeout=0).wait() == 0.3
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 @in_job
-def test_a_nested_call_ends_with_the_call_around_it() -> None:
+def test_a_nested_call_ends_with_the_call_around_it_and_says_so(is_async: bool) -> None:
     with suppress(CallTimeout):  # both end at one moment
-        rpc.rpc_sync("w1", work.keep_error_of_slow_call, args=("w2", 1.5), timeout=0.2)
+        rpc.rpc_sync("w1", work.keep_error_of_slow_call, args=("w2", 1.5, is_async), timeout=0.2)
     # The inner call has the default timeout, a minute, yet is over before its function is.
     (outcome,) = rpc.rpc_sync("w1", work.wait_until_kept, args=(1,))
     assert isinstance(outcome, str)
-    assert "RPC ran for more than" in outcome
+    assert "RPC ran for more than set timeout (that of the call it was made in)" in outcome
     assert rpc.rpc_sync("w1", work.drop) == 1
 
 

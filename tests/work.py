@@ -111,10 +111,10 @@ def depth(left: int, targets: list[str]) -> int:
     return 1 + rpc.rpc_sync(targets[left % len(targets)], depth, args=(left - 1, targets))
 
 
-def keep_error_of_slow_call(to: str, seconds: float) -> None:
+def keep_error_of_slow_call(to: str, seconds: float, is_async: bool) -> None:
     """Make a slow call with the default timeout, and keep what becomes of it."""
     try:
-        keep(rpc.rpc_sync(to, sleep, args=(seconds,)))
+        keep(rpc.rpc_async(to, sleep, (seconds,)).wait() if is_async else rpc.rpc_sync(to, sleep, (seconds,)))
     except CallTimeout as error:
         keep(str(error))
 

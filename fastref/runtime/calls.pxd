@@ -20,6 +20,7 @@ cdef class Pending:
     cdef readonly Peer peer
     cdef readonly uint64_t call
     cdef readonly int64_t deadline_ns
+    cdef bint inherits          # its time is that of the call it was made in
     cdef double timeout_s
     cdef object what
     cdef object value

@@ -278,7 +278,7 @@ cdef class Caller(Publisher):
                     raise peer.died_error(isinstance(what, str))  # a method or a fetch: of a value that is gone
                 if status == WAIT_STOPPED:
                     raise NotInitialized("the runtime was shut down before the answer came")
-                self.raise_timeout(peer, _name_of(what), timeout_s)
+                self.raise_timeout(peer, _name_of(what), timeout_s, self.inherits(timeout_s, deadline_ns))
         except BaseException:  # a signal handler may raise anything
             if waiting and self.slots.give_up(slot, False) == WAIT_DONE:
                 self.slots.end(slot)
@@ -346,6 +346,7 @@ cdef class Caller(Publisher):
         head.deadline_ns = self.deadline(timeout_s)
         pending.caller, pending.peer, pending.call, pending.deadline_ns = self, peer, head.call, head.deadline_ns
         pending.timeout_s, pending.future, pending.what, pending.site = timeout_s, future, what, ~head.callable
+        pending.inherits = self.inherits(timeout_s, head.deadline_ns)
         self.pending[head.call] = pending
         if pending.deadline_ns and pending.deadline_ns < self.next_expiry_ns:
             self.next_expiry_ns = pending.deadline_ns
@@ -369,7 +370,7 @@ cdef class Caller(Publisher):
                 following = min(following, pending.deadline_ns)
             elif self.pending.pop(pending.call, None) is not None:
                 try:
-                    self.raise_timeout(pending.peer, _name_of(pending.what), pending.timeout_s)
+                    self.raise_timeout(pending.peer, _name_of(pending.what), pending.timeout_s, pending.inherits)
                 except CallTimeout as error:
                     pending.settle(None, error)
         self.next_expiry_ns = following

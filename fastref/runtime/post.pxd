@@ -85,4 +85,5 @@ cdef class Post(Wiring):
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
     cdef object decode_forwarded(self, const char* payload, uint64_t size, list references, Lease lease, uint32_t site)
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease)
-    cdef object raise_timeout(self, Peer peer, what, double timeout_s)
+    cdef bint inherits(self, double timeout_s, int64_t deadline_ns) noexcept
+    cdef object raise_timeout(self, Peer peer, what, double timeout_s, bint inherited)

@@ -682,9 +682,14 @@ cdef class Post(Wiring):
                 buffers.append(_copied(at, length))
         return loads(data, buffers, references, self.claim_block)
 
-    cdef object raise_timeout(self, Peer peer, what, double timeout_s):
+    cdef bint inherits(self, double timeout_s, int64_t deadline_ns) noexcept:
+        """Whether a call of this thread has to be over when the one around it has, and not by a timeout of its own."""
+        return timeout_s == -1.0 and deadline_ns and deadline_ns == fr_this_thread.deadline_ns
+
+    cdef object raise_timeout(self, Peer peer, what, double timeout_s, bint inherited):
         shown = self.default_timeout_s if timeout_s == UNSET_RPC_TIMEOUT else timeout_s
-        raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout ({shown * 1000:.0f} ms) and will now be marked with "
+        limit = "that of the call it was made in" if inherited else f"{shown * 1000:.0f} ms"
+        raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout ({limit}) and will now be marked with "
                           f"an error: {what} on worker {peer.info.name!r}", peer.info.name)
 
 

@@ -223,7 +223,7 @@ cdef class ReferenceCaller(Caller):
                         if left <= 0:
                             if deadline_ns == creation_ns:
                                 self.check_creation(rref)
-                            self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s)
+                            self.raise_timeout(self.peers[self.rank], "local_value()", timeout_s, self.inherits(timeout_s, deadline_ns))
                         if slice_ns >= 0:
                             left = min(left, slice_ns)
                     with nogil:
@@ -268,7 +268,7 @@ cdef class ReferenceCaller(Caller):
                 self.blocked(False)
             if deadline_ns and fr_now_ns() > deadline_ns:
                 why = f" ({peer.credits_refused})" if peer.credits_refused else ""
-                self.raise_timeout(peer, f"remote(): no free table entry{why}", timeout_s)
+                self.raise_timeout(peer, f"remote(): no free table entry{why}", timeout_s, self.inherits(timeout_s, deadline_ns))
 
     # ---- fetch
 
@@ -327,14 +327,14 @@ cdef class ReferenceCaller(Caller):
                 self.check_creation(rref)
                 if not ends_with_creation:
                     if left_s != timeout_s:
-                        self.raise_timeout(peer, "to_here()", timeout_s)
+                        self.raise_timeout(peer, "to_here()", timeout_s, self.inherits(timeout_s, deadline_ns))
                     raise
             if value is not PUBLISHED:
                 return value
             if deadline_ns:  # one for all questions
                 left_s = (deadline_ns - fr_now_ns()) / 1e9
                 if left_s <= 0:
-                    self.raise_timeout(peer, "to_here()", timeout_s)
+                    self.raise_timeout(peer, "to_here()", timeout_s, self.inherits(timeout_s, deadline_ns))
 
     cdef bint _ends_with_creation(self, RRef rref, int64_t deadline_ns) except -1:
         """Whether who waits for a value has to stop when its remote() is out of time, before his own deadline."""
