@@ -96,7 +96,7 @@ cdef class ReferenceCaller(Caller):
         if self.closed:
             raise NotInitialized("RPC has not been initialized. Call torch.distributed.rpc.init_rpc first.")
         peer = self.peer_of(to)
-        row = <tuple>args if type(args) is tuple else _row(args)
+        row = () if args is None else <tuple>args if type(args) is tuple else _row(args)
         if kwargs is not None and type(kwargs) is not dict:
             if kwargs and not hasattr(kwargs, "keys"):
                 raise TypeError(f"kwargs must be a mapping, not {type(kwargs).__name__}")
