@@ -142,6 +142,8 @@ class RpcBackendOptions:
         environment says, else the file that ``FASTREF_TOKEN_FILE`` names. Without one no other host is let in.
     tls : TlsFiles, optional
         Encrypt what goes over TCP. All workers of a job do, or none.
+    peer_timeout : float
+        Seconds after which a worker of another host of which nothing is heard, not even a sign of life, counts as dead.
 
     Raises
     ------
@@ -166,6 +168,7 @@ class RpcBackendOptions:
         switch_interval: float | None = None,
         token: str | None = None,
         tls: TlsFiles | None = None,
+        peer_timeout: float = 15.0,
     ) -> None:
         self.rpc_timeout = rpc_timeout
         if init_method is None:
@@ -184,6 +187,8 @@ class RpcBackendOptions:
             arena_limit = _size_in_environment(ARENA_LIMIT_VARIABLE)
         if arena_limit is not None and arena_limit < 0:
             raise UsageError(f"arena_limit is a number of bytes, got {arena_limit!r}")
+        if not peer_timeout > 0:
+            raise UsageError(f"peer_timeout is a number of seconds, got {peer_timeout!r}")
         if token is not None and not isinstance(token, str):  # and do not show it
             raise TypeError(f"{_AS_TORCH}token is a string, got a {type(token).__name__}")
         if tls is not None and not isinstance(tls, TlsFiles):
@@ -196,6 +201,7 @@ class RpcBackendOptions:
         self.switch_interval = switch_interval
         self.token = token
         self.tls = tls
+        self.peer_timeout = float(peer_timeout)
 
     def __repr__(self) -> str:
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -71,7 +71,6 @@ __all__ = ["Runtime"]
 
 logger = logging.getLogger("fastref")
 
-SILENCE_S = 15.0  # after which a worker of another host counts as dead
 LOOPBACK_ROOM = 4096  # records that may be under way to ourselves
 IDS_BITS = 36  # of a worker's ids are its own count; the bits above tell it from others who had its rank
 
@@ -311,7 +310,7 @@ class Runtime(GroupKeeper):
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
-        self._abroad = abroad = Abroad(self.inbox, SILENCE_S, self._gone_abroad)
+        self._abroad = abroad = Abroad(self.inbox, self.options.peer_timeout, self._gone_abroad)
         linked = [self.peer_over(link) for link in self._links.values()]
         linked += [self._peer_abroad(link, abroad) for link in self._far_links.values()]
         for peer in linked:
