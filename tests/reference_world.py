@@ -317,6 +317,9 @@ class World:
         self.check_settled()
         left = {rank: self.network[rank].holdings() for rank in self.living()}
         assert not any(left.values()), left
+        for node in self.network:  # calls that the dead wait for keep them: no garbage collector sees a pending call
+            if not node.alive:
+                node.close()
 
     def _number(self, maker: int, owner: int) -> int:
         self.owners.append(owner)

@@ -15,6 +15,7 @@ from fastref.bench.floors import LineBackend, MemoryBackend, PipeBackend
 from fastref.bench.objects import ObjectCaller, RpcPeer
 from fastref.bench.peers import PEERS
 from fastref.bench.tensors import TensorCaller
+from fastref.bench.wires import WIRES
 from fastref.errors import FastrefError
 
 __all__ = ["BACKENDS", "RpcBackend"]
@@ -100,5 +101,6 @@ BACKENDS: dict[str, Backend] = {
         PipeBackend(),
         LineBackend(),
         MemoryBackend(),
+        *WIRES,
     )
 }

@@ -33,6 +33,7 @@ HEADINGS = (
     "reached",
 )
 # The tables of all libraries, by title: which figure each shows.
+BY_BACKEND = ("peers", "wires")  # groups whose tables have a column for each backend
 PEER_TABLES = {"The same work, warm: p50": "p50", "The same work, warm: p99": "p99", "The very first time": "first"}
 ABSENT = "-"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -163,12 +164,13 @@ class _Table:
 
 def _tables(comparison: Comparison) -> list[_Table]:
     tables = []
-    if rows := [name for name in comparison.rows() if ROWS[name].group != "peers"]:
+    if rows := [name for name in comparison.rows() if ROWS[name].group not in BY_BACKEND]:
         left = frozenset({0, 1, len(HEADINGS) - 1})
         tables.append(_Table("", HEADINGS, left, [_line(comparison, name) for name in rows]))
-    if rows := [name for name in comparison.rows() if ROWS[name].group == "peers"]:
-        for title, quantile in PEER_TABLES.items():
-            tables.append(_peer_table(comparison, rows, title, quantile))
+    for group in BY_BACKEND:
+        if rows := [name for name in comparison.rows() if ROWS[name].group == group]:
+            for title, quantile in PEER_TABLES.items():
+                tables.append(_peer_table(comparison, rows, title, quantile))
     return tables
 
 

@@ -134,6 +134,18 @@ _PEERS = {
     "object_release": Row("let go until the destructor runs", "us", "peers", None, "object_release"),
 }
 
+# Between hosts, measured on one: only backends that are held to TCP have these.
+_WIRES = {
+    "wire_call": Row("empty method over TCP", "us", "wires", None, "wire_call"),
+    "wire_rate": Row(
+        "empty methods over TCP, many in flight", "1/s", "wires", None, "wire_rate", higher_is_better=True
+    ),
+    "wire_echo_64": Row("method that echoes 64 B over TCP", "us", "wires", None, "wire_echo_64"),
+    "wire_echo_4k": Row("method that echoes 4 KiB over TCP", "us", "wires", None, "wire_echo_4k"),
+    "wire_echo_1m": Row("method that echoes 1 MiB over TCP", "us", "wires", None, "wire_echo_1m"),
+    "wire_echo_64m": Row("method that echoes 64 MiB over TCP", "us", "wires", None, "wire_echo_64m"),
+}
+
 _COSTS = {
     "idle_cpu": Row("idle worker, CPU", "%", "costs", Reach(at_most=0.5, strictly=True)),
     "idle_threads": Row("idle worker, threads", "", "costs", Reach(at_most=6)),
@@ -142,7 +154,7 @@ _COSTS = {
     "memory": Row("memory per worker beyond torch's import", "MiB", "costs", Reach(at_most=16)),
 }
 
-ROWS: dict[str, Row] = {**_CALLS, **_TENSORS, **_PEERS, **_COSTS}
+ROWS: dict[str, Row] = {**_CALLS, **_TENSORS, **_PEERS, **_WIRES, **_COSTS}
 ROW_GROUPS: dict[str, list[str]] = {}
 for _name, _row in ROWS.items():
     ROW_GROUPS.setdefault(_row.group, []).append(_name)

@@ -15,10 +15,10 @@ __all__ = ["ZeroMqFloor"]
 class ZeroMqWire:
     """A dealer socket to the router of the other process."""
 
-    def __init__(self, zmq: ModuleType, address: str) -> None:
+    def __init__(self, zmq: ModuleType, endpoint: str) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.connect(_endpoint(address))
+        self._socket.connect(endpoint)
 
     def ask(self, operation: int, payload: Any) -> Any:
         self._send(operation, payload)
@@ -54,13 +54,13 @@ class ZeroMqFloor(BytesFloor):
     world_size = 2
 
     def wire(self, address: str) -> ZeroMqWire:
-        return ZeroMqWire(self.module, address)
+        return ZeroMqWire(self.module, self.endpoint(address))
 
     def serve(self, rank: int, address: str) -> None:
         socket = self.module.Context.instance().socket(self.module.ROUTER)
-        socket.bind(_endpoint(address))
+        socket.bind(self.endpoint(address))
         threading.Thread(target=_serve, args=(socket,), name="server", daemon=True).start()
 
-
-def _endpoint(address: str) -> str:
-    return f"ipc://{Path(address, 'socket')}"
+    def endpoint(self, address: str) -> str:
+        """Return where worker 1 is reached."""
+        return f"ipc://{Path(address, 'socket')}"

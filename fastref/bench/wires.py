@@ -1,0 +1,228 @@
+"""What goes between hosts, on one: torch and fastref held to TCP, ZeroMQ over TCP, and plain sockets as the floor."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fastref.bench.caller import worker_name
+from fastref.bench.contract import Backend
+from fastref.bench.objects import ObjectCaller, RpcPeer
+from fastref.bench.peers.base import PeerBackend, wait_for_servers
+from fastref.bench.peers.bytesfloor import TOUCH, BytesFloor, Server
+from fastref.bench.peers.zeromq import ZeroMqFloor
+from fastref.bench.timing import Effort, Summary
+from fastref.errors import FastrefError
+
+__all__ = ["WIRES"]
+
+
+class WireCaller(ObjectCaller):
+    """The rows of what goes over TCP."""
+
+    def wire_call(self, effort: Effort) -> Summary:
+        """Microseconds for an empty method of an object in another process."""
+        return self.object_call(effort)
+
+    def wire_rate(self, effort: Effort) -> Summary:
+        """Empty methods per second, many in flight."""
+        return self.object_rate(effort)
+
+    def wire_echo_64(self, effort: Effort) -> Summary:
+        """Microseconds for a method that gets a tensor of 64 B and returns it."""
+        return self._object_echo(1 << 6, effort)
+
+    def wire_echo_4k(self, effort: Effort) -> Summary:
+        """Microseconds for the same with 4 KiB."""
+        return self._object_echo(1 << 12, effort)
+
+    def wire_echo_1m(self, effort: Effort) -> Summary:
+        """Microseconds for the same with 1 MiB."""
+        return self._object_echo(1 << 20, effort)
+
+    def wire_echo_64m(self, effort: Effort) -> Summary:
+        """Microseconds for the same with 64 MiB."""
+        return self._object_echo(1 << 26, effort)
+
+
+WIRE_ROWS = frozenset(name for name in vars(WireCaller) if name.startswith("wire_"))
+
+
+class RpcOverTcp:
+    """A module with the names of ``torch.distributed.rpc``, its workers kept from sharing memory.
+
+    Parameters
+    ----------
+    name : str
+        How the backend is called in tables.
+    module : str
+        The module.
+    options : dict
+        Of its ``TensorPipeRpcBackendOptions``.
+    environment : dict
+        Of its workers.
+    """
+
+    world_size = 3
+    offers = WIRE_ROWS
+    observed = False
+    import_counts = False
+    optional = False
+
+    def __init__(self, name: str, module: str, options: dict[str, Any], environment: dict[str, str]) -> None:
+        self.name = name
+        self._module_name, self._options, self._environment = module, options, environment
+        self._rpc: ModuleType | None = None
+
+    def missing(self) -> str | None:
+        return None
+
+    @contextmanager
+    def address(self) -> Iterator[str]:
+        yield f"tcp://127.0.0.1:{_free_port()}"
+
+    def load(self) -> None:
+        self._rpc = importlib.import_module(self._module_name)
+
+    def join(self, rank: int, world_size: int, address: str) -> WireCaller:
+        rpc = self._loaded()
+        os.environ.update(self._environment)
+        options = rpc.TensorPipeRpcBackendOptions(init_method=address, **self._options)
+        rpc.init_rpc(worker_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)
+        return WireCaller(RpcPeer(rpc))
+
+    def leave(self) -> None:
+        self._loaded().shutdown()
+
+    def _loaded(self) -> ModuleType:
+        if self._rpc is None:
+            raise FastrefError(f"backend {self.name!r} was used before load()")
+        return self._rpc
+
+
+class _OverTcp(PeerBackend):
+    """Worker 1 serves at a port of the loopback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offers = WIRE_ROWS
+
+    @contextmanager
+    def address(self) -> Iterator[str]:
+        with super().address() as directory:
+            Path(directory, "port").write_text(str(_free_port()))
+            yield directory
+
+    def join(self, rank: int, world_size: int, address: str) -> Any:
+        if rank:
+            return super().join(rank, world_size, address)
+        wait_for_servers(address, world_size - 1)
+        return WireCaller(self.connect(address))
+
+
+class ZeroMqOverTcp(_OverTcp, ZeroMqFloor):
+    """As ``ZeroMqFloor``, over TCP."""
+
+    name = "zmq_tcp"
+
+    def endpoint(self, address: str) -> str:
+        return f"tcp://127.0.0.1:{_port(address)}"
+
+
+class SocketWire:
+    """One connection; an operation and a length ahead of each payload."""
+
+    _HEAD = struct.Struct("=QQ")
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = sock
+        self._rooms: dict[int, bytearray] = {}
+
+    def ask(self, operation: int, payload: Any) -> Any:
+        self.send(operation, payload)
+        return self.receive()[1]
+
+    def touch_many(self, count: int) -> None:
+        for _ in range(count):
+            self.send(TOUCH, b"")
+        for _ in range(count):
+            self.receive()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, operation: int, payload: Any) -> None:
+        rest = memoryview(payload).cast("B")
+        head = self._HEAD.pack(operation, len(rest))
+        sent = self._socket.sendmsg([head, rest])
+        if sent < len(head) + len(rest):
+            self._socket.sendall(rest[sent - len(head) :])
+
+    def receive(self) -> tuple[int, memoryview]:
+        """Return an operation and its payload, in memory that is used again for the next of that size."""
+        operation, size = self._HEAD.unpack(self._fill(memoryview(bytearray(self._HEAD.size))))
+        room = self._rooms.setdefault(size, bytearray(size))
+        return operation, self._fill(memoryview(room))
+
+    def _fill(self, room: memoryview) -> memoryview:
+        rest = room
+        while rest:
+            got = self._socket.recv_into(rest)
+            if not got:
+                raise EOFError
+            rest = rest[got:]
+        return room
+
+
+class SocketFloor(_OverTcp, BytesFloor):
+    """What one plain socket moves, sent and received in turn."""
+
+    name = "sockets"
+    package = "socket"
+    installed_as = "python"
+    world_size = 2
+
+    def wire(self, address: str) -> SocketWire:
+        return SocketWire(socket.create_connection(("127.0.0.1", _port(address))))
+
+    def serve(self, rank: int, address: str) -> None:
+        listener = socket.create_server(("127.0.0.1", _port(address)))
+        threading.Thread(target=_serve_sockets, args=(listener,), name="server", daemon=True).start()
+
+
+def _serve_sockets(listener: socket.socket) -> None:
+    server, wire = Server(), SocketWire(listener.accept()[0])
+    try:
+        while True:
+            operation, payload = wire.receive()
+            wire.send(operation, server.answer(operation, payload))
+    except EOFError:
+        wire.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _port(address: str) -> int:
+    return int(Path(address, "port").read_text())
+
+
+WIRES: list[Backend] = [
+    RpcOverTcp("torch_tcp", "torch.distributed.rpc", {"_transports": ["uv"], "_channels": ["basic"]}, {}),
+    RpcOverTcp("fastref_tcp", "fastref.rpc", {}, {"FASTREF_TRANSPORT": "tcp"}),
+    ZeroMqOverTcp(),
+    SocketFloor(),
+]
