@@ -12,7 +12,17 @@ import pytest
 
 from fastref.errors import RendezvousError, UsageError
 from fastref.identity import loopback_token
-from fastref.rendezvous import Listener, Way, WorkerRecord, is_open, job_name, open_door, resolve_rank, way_to
+from fastref.rendezvous import (
+    Listener,
+    Way,
+    WorkerRecord,
+    is_open,
+    job_name,
+    open_door,
+    resolve_member_rank,
+    resolve_rank,
+    way_to,
+)
 from fastref.rendezvous.addresses import choose_address
 from fastref.rendezvous.launchers import all_on_this_host, first_node, launch_settings, restart_count
 from fastref.rendezvous.methods import store_host
@@ -274,3 +284,15 @@ def test_a_store_of_ones_own_says_where_it_is(environ):
     assert store_host("env://", PrefixStore("x", store)) == "127.0.0.1"
     environ.setenv("MASTER_ADDR", "elsewhere")
     assert store_host("env://", HashStore()) is None
+
+
+def test_groups_of_open_size_stay_on_one_host_and_say_so(environ):
+    with pytest.raises(
+        UsageError, match="192.0.2.7.* of open size are on one host so far; those of a job, to"
+    ):
+        resolve_member_rank("tcp://192.0.2.7:1?rank=0", 0)
+    environ.setenv("FASTREF_TRANSPORT", "tcp")
+    with pytest.raises(
+        UsageError, match="FASTREF_TRANSPORT=tcp: workers of a group of open size .* use shared memory"
+    ):
+        resolve_member_rank("local://job", 0)
