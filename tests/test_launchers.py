@@ -287,12 +287,8 @@ def test_a_store_of_ones_own_says_where_it_is(environ):
 
 
 def test_groups_of_open_size_stay_on_one_host_and_say_so(environ):
-    with pytest.raises(
-        UsageError, match="192.0.2.7.* of open size are on one host so far; those of a job, to"
-    ):
+    with pytest.raises(UsageError, match="192.0.2.7.* of open size are on one host so far; those of a job, to"):
         resolve_member_rank("tcp://192.0.2.7:1?rank=0", 0)
     environ.setenv("FASTREF_TRANSPORT", "tcp")
-    with pytest.raises(
-        UsageError, match="FASTREF_TRANSPORT=tcp: workers of a group of open size .* use shared memory"
-    ):
+    with pytest.raises(UsageError, match="FASTREF_TRANSPORT=tcp: workers of a group of open size .* use shared memory"):
         resolve_member_rank("local://job", 0)

@@ -309,6 +309,8 @@ class _Applicant:
             return
         if isinstance(error, TimeoutError):  # it is there, and busy or stopped
             return
+        if self._lost is not None and self._lost.instance == coordinator.instance:  # it was there, and has died
+            return
         # It may end just now, or have turned this worker away because too many came at once.
         if time.monotonic() < self._missed.setdefault(coordinator.instance, since) + _MISSED_GRACE_S:
             time.sleep(_LONGEST_PAUSE_S)

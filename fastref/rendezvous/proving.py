@@ -249,7 +249,9 @@ class Provings:
         """Drop those who have had their time."""
         now = time.monotonic()
         for proving in [proving for proving in self._under_way if now >= proving.deadline]:
-            self._end(proving, TimeoutError("the other end did not prove itself in time"))
+            connected = proving.is_connected
+            trouble = TimeoutError("the other end did not prove itself in time")
+            self._end(proving, trouble if connected else ConnectionAbortedError("nothing answers there"))
 
     def close(self) -> None:
         """Drop all, also in a forked child, which does not touch the selector that it shares with its parent."""

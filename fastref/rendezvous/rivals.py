@@ -20,6 +20,8 @@ __all__ = ["RIVAL_GRACE_S", "Rivals"]
 # How long another coordinator of a full job is given to end before it counts as a second job of that name.
 RIVAL_GRACE_S = 2.0
 _RETRY_S = 0.05
+# A rival on a host that nothing comes back from is buried before its time is over.
+_MARGIN_S = 0.5
 
 
 class Rivals:
@@ -119,7 +121,7 @@ class Rivals:
             return
         self._calls[rival.instance] = None
         try:
-            proving = dial(rival.endpoint, self._door.credentials, self._deadline)
+            proving = dial(rival.endpoint, self._door.credentials, self._deadline - _MARGIN_S)
         except ConnectionError:
             del self._calls[rival.instance]
             raise
