@@ -408,16 +408,24 @@ cdef class ReferenceCaller(Caller):
         cdef double timeout_s = 0
         if rref.value_deadline_ns:
             timeout_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9)
+        future = self._ask(rref, ASK_WHETHER_THERE, timeout_s)
+        if not future.done():
+            return future
         try:
-            return self._ask(rref, ASK_WHETHER_THERE, timeout_s)
-        except CallTimeout as error:  # over before the owner could be asked: to whoever waits that is the same
+            future.value()
+        except CallTimeout as error:
+            if not str(error).startswith(NEVER_MADE):
+                return future
+            # It was over before the owner could be asked: to whoever waits that is the same as a moment later.
             peer = <Peer>self.peers[rref.fork.owner]
             late = CallTimeout("RPCErr:1:RPC ran for more than set timeout and will now be marked with an error: remote() on "
                                f"worker {peer.info.name!r}", peer.info.name)
             late.__cause__ = error
             future = Future()
             future.set_exception(late)
-            return future
+        except Exception:
+            pass  # for whoever waits
+        return future
 
     cdef object type_of(self, RRef rref, double timeout_s):
         future = self._ask(rref, ASK_TYPE, timeout_s)

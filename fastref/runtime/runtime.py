@@ -153,12 +153,12 @@ class Runtime(GroupKeeper):
         directory = job_directory(run_root(), job_name(options.init_method))
         # First of all: over it a worker that fails in what follows can be heard.
         self._listener = Listener(directory, self._lock.instance)
+        self._door = open_door(self._listener, options.init_method, store, token=options.token, tls=options.tls)
         failpoint("rendezvous.listening")
         check_worker_name(name)
         check_numbers(rank, world_size)
         check_no_group(self._listener, has_left_one=count > 0)
         self._memory = OwnMemory(self._lock, options)
-        self._door = open_door(self._listener, options.init_method, store, token=options.token, tls=options.tls)
         self._membership = join(
             self._describe(name), self._listener, options.init_method, rank, world_size, options.rpc_timeout, store,
             count, self._door,
@@ -239,9 +239,7 @@ class Runtime(GroupKeeper):
             elif self._listener is not None and not isinstance(error, RendezvousError):
                 if not isinstance(error.__cause__, RendezvousError):
                     record, method = self._describe(name), self.options.init_method
-                    tell_coordinator(
-                        record, self._listener, method, rank, world_size, cause, store, count, self._door
-                    )
+                    tell_coordinator(record, self._listener, method, rank, world_size, cause, store, count, self._door)
         except (OSError, RuntimeError, ValueError) as trouble:
             error.add_note(f"The other workers could not be told: {trouble}")
 
