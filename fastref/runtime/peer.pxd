@@ -19,6 +19,7 @@ cdef class Peer:
     cdef readonly PinQueue pins
     cdef readonly PeerArena arena       # this
     cdef readonly object host           # equal for workers that share memory
+    cdef public str way                 # how it is reached, and why so
     cdef readonly bint is_far           # no memory is shared with it: payloads go along with frames
     cdef readonly uint32_t bits         # how many ranks of its host have a bit in its table
     cdef readonly uint32_t incarnation  # how many workers of this group had its rank before

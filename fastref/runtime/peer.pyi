@@ -18,6 +18,7 @@ class Peer:
     shares_main: bool
     greeted: bool
     left: bool
+    way: str
     death: str | None
     callables: dict[int, Any]
     credits_asked: bool

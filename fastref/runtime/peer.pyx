@@ -44,7 +44,7 @@ cdef class Peer:
     def __init__(self, rank: int, info, pid: int, channel: Channel, slots: PeerSlots | None, holder: Holder,
                  arena: PeerArena | None, bits: int, incarnation: int = 0, generations: range = range(0xFFFFFFFF),
                  host: str = ""):
-        self.host, self.is_far = host, slots is None
+        self.host, self.is_far, self.way = host, slots is None, "shm"
         self.incarnation, self.serves = incarnation, holder
         self.first_generation, self.generations = generations.start, len(generations)
         self.rank, self.info, self.pid, self.bits = rank, info, pid, bits
@@ -142,7 +142,7 @@ cdef class Peer:
 
     def snapshot(self) -> dict:
         """Plain figures."""
-        memory = dict(far=True, **self.channel.snapshot()) if self.is_far else dict(far=False, **self.arena.snapshot())
-        return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, outgoing=len(self.outgoing), pins=len(self.pins), children=len(self.children),
+        memory = self.channel.snapshot() if self.is_far else self.arena.snapshot()
+        return dict(name=self.info.name, pid=self.pid, dead=self.is_dead, way=self.way, far=self.is_far, outgoing=len(self.outgoing), pins=len(self.pins), children=len(self.children),
                     loans=len(self.loans) + len(self.slot_loans), credits=len(self.credits), credits_open=self.credits_open,
                     callables=len(self.callables), entries_held=self.holder.entries_held, **memory)

@@ -371,10 +371,12 @@ class Runtime(GroupKeeper):
         record = link.record
         # Of two that could share memory, but could not reach each other, each is alone for the other.
         host = record.host if record.host != self.record.host else f"{record.host}:{record.instance}"
-        return Peer(
+        peer = Peer(
             record.rank, WorkerInfo(record.name, record.rank), record.pid, abroad.add(record.rank, link.take_socket()),
             None, mirror_of(record.entries), None, record.bits, record.incarnation, host=sys.intern(host),
         )  # fmt: skip
+        peer.way = str(link.way)
+        return peer
 
     def _gone_abroad(self, rank: int, reason: str, left: bool) -> None:
         """The connection to a worker of another host has ended."""
