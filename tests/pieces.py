@@ -42,7 +42,9 @@ ASKER: Direction = "asker"
 LISTENER: Direction = "listener"
 DIRECTIONS = (ASKER, LISTENER)
 
-HEAD = struct.Struct("<QQQ")  # size with the magic in its top byte, number, highest number received
+# Size with the magic in its top byte, number, highest number received, highest whose references were taken, bytes of
+# the record (what is left of the size is its bulk), signal.
+HEAD = struct.Struct("<QQQQII")
 FRAME_MAGIC = 0xFA
 _SIZE_BITS = 56
 _LENGTH_BYTES = 4
@@ -103,7 +105,7 @@ class Piece:
 
     @property
     def size_bytes(self) -> int:
-        """Of a frame: bytes of its record."""
+        """Of a frame: bytes of its record and its bulk."""
         return len(self.data) - HEAD.size
 
     @property
@@ -112,7 +114,7 @@ class Piece:
         return HEAD.unpack_from(self.data)[1] if self.kind == "frame" else 0
 
     @property
-    def acknowledged(self) -> int:
+    def received(self) -> int:
         """Of a frame: the highest number that its sender has received."""
         return HEAD.unpack_from(self.data)[2] if self.kind == "frame" else 0
 
