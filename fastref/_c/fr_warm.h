@@ -16,7 +16,8 @@
 #define FR_WARM_MAPS_FROM 1048576u /* these are mappings of their own, which go back to the system whole */
 #define FR_WARM_HUGE_FROM 4194304u /* these ask for huge pages: new, they are written three times as fast */
 #define FR_WARM_WAITS_NS 1000000000
-#define FR_WARM_CLASSES 256u      /* up to 256 TiB */
+#define FR_WARM_CLASSES 256u
+#define FR_WARM_LARGEST ((size_t)1 << 46) /* classes go so far, memory does not */
 
 struct fr_piece {                 /* at the start of a piece that waits */
     struct fr_piece *newer, *older;   /* of all */
@@ -69,6 +70,8 @@ static inline void *fr_warm_take(struct fr_warm *warm, size_t size)
     unsigned class;
     if (size < FR_WARM_FROM)
         return posix_memalign(&start, 64, size) ? NULL : start;
+    if (size > FR_WARM_LARGEST)
+        return NULL;
     size = fr_warm_size(size, &class);
     pthread_mutex_lock(&warm->lock);
     piece = warm->top[class];
