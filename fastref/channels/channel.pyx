@@ -377,6 +377,21 @@ cdef class Inbox:
         self.done()
         return (arrival.source, data)
 
+    def receive_whole(self) -> tuple | None:
+        """Take the next record as (source, bytes, the bytes behind it, or None). For tests."""
+        cdef Arrival arrival
+        cdef Bulk bulk
+        if self.next(&arrival) <= 0:
+            return None
+        bulk = self.take_bulk()
+        data, behind = arrival.data[:arrival.size], None
+        if bulk.start != NULL:
+            behind = bulk.start[:bulk.size]
+            bulk.give(bulk.start, bulk.size)
+        self.acquired()
+        self.done()
+        return (arrival.source, data, behind)
+
     def has_any(self) -> bool:
         """True when a source may have something to read."""
         return fr_listener_any(&self.listener)

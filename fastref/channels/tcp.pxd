@@ -45,12 +45,15 @@ cdef class TcpChannel(Channel):
     cdef readonly bint leaving  # say so when all is sent
     cdef bint left              # it has been said
     cdef readonly bint peer_left
-    cdef readonly bint broken   # nothing can be sent or read until `resume`
+    cdef uint32_t broken        # nothing can be sent or read until `attach`
+    cdef readonly bint spoilt   # by what came over it
+    cdef readonly bint silent   # that was what broke it
     cdef readonly str reason
     cdef int64_t heard_ns, spoke_ns
     cdef readonly uint64_t sent, received, bytes_sent, bytes_received, resumed
     # What follows belongs to the thread that reads.
     cdef bint more              # than was read at once
+    cdef bint ending            # behind what is there
     cdef char* buffer
     cdef uint64_t start, end    # of what was read and not dealt with
     cdef Bulk bulk              # that is being filled
@@ -61,14 +64,14 @@ cdef class TcpChannel(Channel):
                         Bulk* bulk) noexcept nogil
     cdef void _flush(self) noexcept nogil
     cdef void _fill_head(self, Head* head) noexcept nogil
-    cdef void _confirmed(self, uint64_t received) noexcept nogil
+    cdef bint _confirmed(self, uint64_t received) noexcept nogil
     cdef void _drop_first(self) noexcept nogil
     cdef const char* _read(self) noexcept nogil
     cdef const char* _parse(self) noexcept nogil
     cdef bint _deliver(self, const char* record, Bulk* bulk) noexcept nogil
     cdef bint _owes(self) noexcept nogil
     cdef void _speak_if(self, int64_t quiet_ns, int64_t now) noexcept nogil
-    cdef void _speak(self, uint32_t signal) noexcept nogil
+    cdef bint _speak(self, uint32_t signal) noexcept nogil
     cdef void _forget_partial(self) noexcept nogil
     cdef void _end(self) noexcept nogil
 

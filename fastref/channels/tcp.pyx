@@ -14,8 +14,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memmove, memset, strerror
 
-from fastref._core cimport (FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_relaxed, fr_load_acquire, fr_now_ns,
-                            fr_store32_relaxed, fr_store_release, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+from fastref._core cimport (FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_relaxed, fr_load32_acquire, fr_load_acquire,
+                            fr_now_ns, fr_store32_relaxed, fr_store32_release, fr_store_release, pthread_mutex_destroy,
+                            pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 from fastref.channels.channel cimport FR_MAX_PEERS, SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE, Bulk, Channel, Give, Inbox
 
 from fastref.errors import ProtocolError, ResourceError, UsageError
@@ -104,7 +105,7 @@ cdef class TcpChannel(Channel):
         self.loop, self.inbox, self.source = loop, loop.inbox, source
         self.largest = LARGEST
         self.fd = -1
-        self.broken = True
+        self.broken = 1
         self.reason = "it is not connected yet"
         pthread_mutex_init(&self.lock, NULL)
         self.buffer = <char*>malloc(BUFFER)
@@ -221,10 +222,12 @@ cdef class TcpChannel(Channel):
                     break
                 wanted -= skip
                 self.current, self.done = self.current.after, 0
-        if self.leaving and not self.left and self.current == NULL and not self.broken:
-            self.left = True
-            self._speak(SIGNAL_LEAVING)
-            shutdown(self.fd, SHUT_WR)
+        if self.leaving and not self.left and not self.broken:
+            if self._speak(SIGNAL_LEAVING):
+                self.left = True
+                shutdown(self.fd, SHUT_WR)
+            else:
+                self.wants_room = True
 
     cdef void _fill_head(self, Head* head) noexcept nogil:
         """Confirm what has come, as of now."""
@@ -233,14 +236,14 @@ cdef class TcpChannel(Channel):
         # What the inbox has is counted as received a moment later.
         head.acquired = self.told_acquired = min(self.inbox.queue_position(self.source, True), head.received)
 
-    cdef void _speak(self, uint32_t signal) noexcept nogil:
+    cdef bint _speak(self, uint32_t signal) noexcept nogil:
         """Send a head of its own, between two records; under the lock. Without room there is traffic, which says it too."""
         cdef Head head
         cdef iovec piece
         cdef msghdr message
         cdef ssize_t sent
-        if self.broken or self.wants_room or self.done or self.fd < 0:
-            return
+        if self.broken or self.wants_room or self.done or self.left or self.fd < 0:
+            return False
         memset(&head, 0, sizeof(head))
         head.size, head.signal = MAGIC, signal
         self._fill_head(&head)
@@ -252,11 +255,15 @@ cdef class TcpChannel(Channel):
             shutdown(self.fd, SHUT_RDWR)
         elif sent > 0:
             self.spoke_ns = fr_now_ns()
+        return sent > 0
 
-    cdef void _confirmed(self, uint64_t received) noexcept nogil:
-        """The peer has all records up to a number. Under the lock."""
+    cdef bint _confirmed(self, uint64_t received) noexcept nogil:
+        """The peer has all records up to a number; False when that cannot be. Under the lock."""
+        if received >= (self.current.head.number if self.current != NULL else self.number + 1):
+            return False
         while self.first != NULL and self.first != self.current and self.first.head.number <= received:
             self._drop_first()
+        return True
 
     cdef void _drop_first(self) noexcept nogil:
         cdef Outgoing* record = self.first
@@ -286,12 +293,25 @@ cdef class TcpChannel(Channel):
 
     cdef void _end(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        self.closed = self.broken = True
+        self.closed, self.broken = True, 1
         if self.fd >= 0:
             shutdown(self.fd, SHUT_RDWR)  # a forked child may have it too
             close_fd(self.fd)
             self.fd = -1
         pthread_mutex_unlock(&self.lock)
+
+    def hang_up(self) -> None:
+        """End the present connection; the loop finds it broken, and ``attach`` goes on over another."""
+        pthread_mutex_lock(&self.lock)
+        if self.fd >= 0 and not self.broken:
+            shutdown(self.fd, SHUT_RDWR)
+        pthread_mutex_unlock(&self.lock)
+
+    def disown(self) -> None:
+        """In a forked child: have nothing to do with the parent's connection, which would not end with it otherwise."""
+        if self.fd >= 0:
+            close_fd(self.fd)
+        self.fd = -1
 
     def leave(self) -> None:
         """Say, behind all that is queued, that nothing follows."""
@@ -300,6 +320,11 @@ cdef class TcpChannel(Channel):
         if not self.wants_room:
             self._flush()
         pthread_mutex_unlock(&self.lock)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it is not connected: nothing is sent or read until ``attach``."""
+        return fr_load32_acquire(&self.broken) != 0
 
     @property
     def is_quiet(self) -> bool:
@@ -317,7 +342,7 @@ cdef class TcpChannel(Channel):
         return self.heard_ns / 1e9
 
     def attach(self, fd: int, received: int = 0) -> None:
-        """Go on over a connected socket, which is this channel's from here on.
+        """Go on over a connected socket, which is this channel's from here on, unless this raises.
 
         Parameters
         ----------
@@ -335,32 +360,35 @@ cdef class TcpChannel(Channel):
         """
         cdef epoll_event event
         cdef int wrong = 0
+        cdef uint64_t kept_from
         pthread_mutex_lock(&self.lock)
+        kept_from = self.first.head.number if self.first != NULL else self.number + 1
         if self.closed or not self.broken:
             wrong = 1
-        elif <uint64_t>received > self.number or (self.first != NULL and <uint64_t>received + 1 < self.first.head.number):
+        elif <uint64_t>received > self.number or <uint64_t>received < kept_from - 1:
             wrong = 2
         else:
-            if self.fd >= 0:
-                close_fd(self.fd)
-            else:
-                self.resumed -= 1
-            self.resumed += 1
-            self.fd = fd
-            self.current, self.done = NULL, 0
-            self._confirmed(received)
-            self.current = self.first
-            self.broken = self.wants_room = False
-            self.heard_ns = self.spoke_ns = fr_now_ns()
             self._forget_partial()
+            self.current, self.done = NULL, 0
+            while self.first != NULL and self.first.head.number <= <uint64_t>received:
+                self._drop_first()
+            self.current = self.first
+            # A farewell is said again, and what was confirmed too: who knows what of it has come.
+            self.wants_room = self.left = self.more = self.ending = False
+            self.told_received = self.told_acquired = 0
+            self.heard_ns = self.spoke_ns = fr_now_ns()
             event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
             event.data.ptr = <void*>self
             if epoll_ctl(self.loop.fd, EPOLL_CTL_ADD, fd, &event):
                 wrong = 3
-                self.broken = True
-            self._flush()
+            else:
+                if self.fd >= 0:
+                    close_fd(self.fd)
+                    self.resumed += 1
+                self.fd, self.reason = fd, None
+                fr_store32_release(&self.broken, 0)  # SYNC: the loop's thread has all of the above
+                self._flush()
         pthread_mutex_unlock(&self.lock)
-        self.reason = None
         if wrong == 1:
             raise UsageError("the channel is connected, or closed")
         if wrong == 2:
@@ -377,7 +405,10 @@ cdef class TcpChannel(Channel):
         self.start = self.end = self.filled = 0
 
     cdef const char* _read(self) noexcept nogil:
-        """Read what is there. Returns what ended the connection; NULL: nothing has."""
+        """Read what is there. Returns what ended the connection; NULL: nothing has.
+
+        ``spoilt``: it was what came, not the connection; another one would bring the same.
+        """
         cdef ssize_t got, asked
         cdef int tries
         cdef const char* wrong
@@ -408,13 +439,15 @@ cdef class TcpChannel(Channel):
             if not whole:
                 self.filled += got
                 if self.filled == self.bulk.size and not self._deliver(NULL, &self.bulk):
+                    self.spoilt = True
                     return b"out of memory"
             else:
                 self.end += got
                 wrong = self._parse()
                 if wrong != NULL:
+                    self.spoilt = True
                     return wrong
-            if got < asked:
+            if got < asked and not self.ending:
                 return NULL  # all that was there: what follows is another edge
         self.more = True
         return NULL
@@ -424,6 +457,7 @@ cdef class TcpChannel(Channel):
         cdef Head* head = &self.head
         cdef uint64_t size, there, bulk
         cdef Bulk none
+        cdef bint known
         while self.bulk.start == NULL and self.end - self.start >= sizeof(Head):
             memcpy(head, self.buffer + self.start, sizeof(Head))
             size = head.size & SIZE_MASK
@@ -431,15 +465,15 @@ cdef class TcpChannel(Channel):
                 return b"it sent what is no frame"
             if not head.number and size:
                 return b"it sent a record without a number"
-            if head.received > self.number or head.acquired > head.received:
-                return b"it confirmed what was never sent"
             if self.end - self.start < sizeof(Head) + head.record:
                 return NULL
             if head.number > self.received + 1:
                 return b"it left out records"
             pthread_mutex_lock(&self.lock)
-            self._confirmed(head.received)
+            known = self._confirmed(head.received)
             pthread_mutex_unlock(&self.lock)
+            if not known or head.acquired > head.received:
+                return b"it confirmed what was never sent"
             if head.acquired > self.acquired_there:
                 fr_store_release(&self.acquired_there, head.acquired)  # SYNC: its pins are looked at after this
             if head.signal == SIGNAL_LEAVING:
@@ -502,6 +536,19 @@ cdef class TcpChannel(Channel):
             self._speak(SIGNAL_NONE)
             pthread_mutex_unlock(&self.lock)
 
+    def send_with(self, data: bytes, bulk: bytes) -> int | None:
+        """Publish one record with bytes behind it, as ``send``. For tests."""
+        cdef const char* start = data
+        cdef const char* behind = bulk
+        cdef Bulk one
+        cdef int64_t position
+        one.start, one.size, one.give = <char*>malloc(len(bulk)), len(bulk), _give
+        memcpy(one.start, behind, len(bulk))
+        position = self.try_send_bulk(start, len(data), NULL, 0, &one)
+        if one.start != NULL:
+            free(one.start)
+        return position if position > 0 else None
+
     def snapshot(self) -> dict:
         """Plain figures."""
         return dict(connected=not self.broken, unconfirmed_bytes=self.kept, sent=self.sent, received=self.received,
@@ -563,9 +610,12 @@ cdef class TcpLoop:
 
     def run(self) -> None:
         """Read until ``stop``."""
+        cdef int idle_ms = IDLE_TICK_MS
+        if self.silence_ns:  # signs of life are due three times in it
+            idle_ms = max(1, min(IDLE_TICK_MS, self.silence_ns // 6000000))
         with nogil:
             while not fr_load32_relaxed(&self.stopping):
-                self._look(IDLE_TICK_MS)
+                self._look(idle_ms)
 
     def step(self, longest_ms: int = 0) -> None:
         """Deal with what is there, and confirm it; wait for it up to ``longest_ms``. For tests."""
@@ -582,7 +632,7 @@ cdef class TcpLoop:
         cdef void* channel
         for i in range(FR_MAX_PEERS):
             channel = self.channels[i]
-            if channel != NULL and not (<TcpChannel>channel).broken:
+            if channel != NULL and not fr_load32_acquire(&(<TcpChannel>channel).broken):
                 if (<TcpChannel>channel).more:
                     longest_ms = 0
                 elif (<TcpChannel>channel)._owes():
@@ -595,11 +645,9 @@ cdef class TcpLoop:
                 read(self.waker, &dropped, sizeof(dropped))
             else:
                 self._serve(channel, events[i].events, now)
-        if count == EVENTS:
-            return 0
         for i in range(FR_MAX_PEERS):
             channel = self.channels[i]
-            if channel == NULL or (<TcpChannel>channel).broken:
+            if channel == NULL or fr_load32_acquire(&(<TcpChannel>channel).broken):
                 continue
             if (<TcpChannel>channel).more:
                 self._serve(channel, EPOLLIN, now)
@@ -622,8 +670,12 @@ cdef class TcpLoop:
             (<TcpChannel>channel).wants_room = False
             (<TcpChannel>channel)._flush()
             pthread_mutex_unlock(&(<TcpChannel>channel).lock)
+        if what & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):  # the end is behind what is there: there will be no other edge
+            (<TcpChannel>channel).ending = True
         wrong = (<TcpChannel>channel)._read()
         if wrong != NULL:
+            if (<TcpChannel>channel).peer_left:  # it waits for that
+                (<TcpChannel>channel)._speak_if(0, now)
             with gil:
                 self._break(<TcpChannel>channel, wrong)
             return False
@@ -634,12 +686,13 @@ cdef class TcpLoop:
 
     cdef int _break(self, TcpChannel channel, const char* reason) except -1:
         """A connection is over."""
-        if reason == SILENT:
+        channel.silent = reason == SILENT
+        if channel.silent:
             channel.reason = f"nothing has come from it for {self.silence_ns / 1e9:g} s"
         else:
             channel.reason = reason.decode()
         pthread_mutex_lock(&channel.lock)
-        channel.broken = True
+        fr_store32_release(&channel.broken, 1)
         epoll_ctl(self.fd, EPOLL_CTL_DEL, channel.fd, NULL)
         shutdown(channel.fd, SHUT_RDWR)
         pthread_mutex_unlock(&channel.lock)

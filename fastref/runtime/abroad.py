@@ -70,7 +70,7 @@ class Abroad:
         for channel in self.channels.values():
             channel.leave()
         deadline = time.monotonic() + _FAREWELL_S
-        while time.monotonic() < deadline and not all(c.peer_left or c.broken for c in self.channels.values()):
+        while time.monotonic() < deadline and not all(c.peer_left or c.is_broken for c in self.channels.values()):
             time.sleep(0.002)
 
     def hang_up(self, rank: int) -> None:
