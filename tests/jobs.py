@@ -20,7 +20,7 @@ import fastref.rpc as rpc
 from fastref.rref import current_wiring
 from tests.watchdog import arm
 
-__all__ = ["Job", "in_job", "job_fixtures", "names"]
+__all__ = ["Job", "in_job", "job_fixtures", "names", "wait_until_clean"]
 
 # Workers outlive the tests of one module; the watchdog of a single test ends them when it hangs.
 JOB_LIFETIME_S = 900.0
@@ -74,7 +74,7 @@ class Job:
     def check(self) -> None:
         """Fail when a worker still holds something: a reference, a call, a slot, a pin, a block."""
         for pipe in self._pipes:
-            pipe.send((__name__, "_wait_until_clean", ()))
+            pipe.send((__name__, "wait_until_clean", ()))
         for rank in range(self.world_size):
             self._outcome(rank)
 
@@ -197,7 +197,8 @@ def _follow(module: str, qualname: str, arguments: Sequence[Any]) -> tuple[str, 
         return "failed", "".join(shown.format())
 
 
-def _wait_until_clean() -> None:
+def wait_until_clean() -> None:
+    """Fail when this worker goes on holding something: a reference, a call, a slot, a pin, a block."""
     deadline = time.monotonic() + PATIENCE_S
     while held := _held():
         if time.monotonic() > deadline:
@@ -213,7 +214,8 @@ def _held() -> dict[str, int]:
     figures = current_wiring().snapshot()
     peers, table = figures["peers"].values(), figures["table"]
     held = {
-        "references that others have on values here": table["used"] - sum(peer["credits_open"] for peer in peers),
+        "references that others have on values here": table["used"]
+        - sum(peer["credits_open"] for peer in peers if not peer["dead"]),
         "references to values elsewhere": sum(peer["entries_held"] for peer in peers),
         "references on their way": sum(peer["pins"] + peer["children"] for peer in peers),
         "references that nobody confirmed": figures["abroad"]["waiting"],

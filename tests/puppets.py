@@ -157,9 +157,10 @@ def troupe_fixture(
 
 def sweep_up() -> None:
     """Do what the next start of a worker does first: remove what the dead left behind."""
+    from fastref.identity import forget_loopback_token
     from fastref.segments import run_root, sweep
 
-    sweep(run_root())
+    sweep(run_root(), clear=forget_loopback_token)
 
 
 def obey(pipe: Pipe) -> None:
