@@ -19,9 +19,9 @@ def snapshot() -> dict[str, Any]:
         ``worker`` (name, rank, pid), ``calls`` (pending, sent, served, threads, fetches), ``slots``, ``table`` (entries
         in use with generation, holder word, state and this worker's own count), ``abroad`` (holders that go by
         messages), ``arena`` (files; bytes committed, lent, and, so far, given back and populated ahead), ``rings``,
-        ``peers`` (how each is reached and why so; pins, loans, credits) and ``dead`` (workers being removed, and who has
-        not answered about them); with the agent for tests ``faults``, too (sends that have failed and messages that came
-        late, by name).
+        ``peers`` (how each is reached and why so; pins, loans, credits) and ``dead`` (workers being removed, and who
+        has not answered about them); with the agent for tests ``faults``, too (sends that have failed and messages that
+        came late, by name).
 
     Raises
     ------
