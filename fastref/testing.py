@@ -94,6 +94,10 @@ class Network:
         """(source, target) of every pair with frames that have not arrived."""
         return [pair for pair, channel in self._channels.items() if channel.under_way]
 
+    def channel(self, source: int, target: int) -> InprocChannel:
+        """What carries frames from one node to another, for frames that no node would send."""
+        return self._channels[source, target]
+
     def under_way(self, source: int, target: int) -> int:
         """How many frames from one node to another have not arrived."""
         return self._channels[source, target].under_way

@@ -12,7 +12,7 @@ import weakref
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastref._core cimport (FR_FAILPOINT, FR_FIRST, FR_LOST, FR_NO_CPU, FR_VALUE_READY, MirrorHolder, failpoints, fr_failpoints_here, fr_fork,
                             fr_now_ns, fr_store32_relaxed)
@@ -395,10 +395,10 @@ cdef class Server(Executor):
         cdef Lease lease = None
         if bulk.start != NULL:
             lease = lease_of_own(bulk.start, bulk.size, bulk.give)
-        block.size = 0
+        memset(&block, 0, sizeof(block))
         if view.head.flags & FLAG_BLOCK:
             memcpy(&block, view.payload, sizeof(fr_block))
-        if view.head.flags & FLAG_FORWARDED or block.size != bulk.size:
+        if view.head.flags & FLAG_FORWARDED or block.size != bulk.size or bool(view.head.flags & FLAG_BLOCK) != (lease is not None):
             raise ProtocolError(f"worker {peer.info.name!r}, with whom no memory is shared, sent a frame with flags "
                                 f"{view.head.flags:#x}, {block.size} bytes behind it, and {bulk.size} came")
         return lease
