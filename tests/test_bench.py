@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastref.bench import ROWS, Comparison, Effort, Group, Reach, Row, Summary, compare
+from fastref.bench.rows import ROW_GROUPS
 from fastref.bench.__main__ import main
 from fastref.bench.caller import Caller
 from fastref.bench.group import burner
@@ -70,9 +71,17 @@ def measured() -> Comparison:
 
 
 def test_torch_fills_every_row_with_a_positive_figure(measured):
-    assert list(measured.rounds[0]["torch"]) == list(ROWS)
+    assert list(measured.rounds[0]["torch"]) == [name for name in ROWS if name not in ROW_GROUPS["wires"]]
     for row, summary in measured.rounds[0]["torch"].items():
         assert summary.p50 > 0 and summary.operations > 0, row
+
+
+def test_what_is_held_to_tcp_fills_the_rows_of_wires():
+    backends = ("torch_tcp", "fastref_tcp", "sockets")
+    compared = compare(backends, ROW_GROUPS["wires"], rounds=1, effort=TINY)
+    for backend in backends:
+        assert list(compared.rounds[0][backend]) == ROW_GROUPS["wires"]
+        assert all(summary.p50 > 0 and summary.operations > 0 for summary in compared.rounds[0][backend].values())
 
 
 @pytest.mark.parametrize(

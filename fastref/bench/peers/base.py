@@ -51,8 +51,12 @@ class PeerBackend:
         return self._module
 
     def missing(self) -> str | None:
-        if importlib.util.find_spec(self.package.partition(".")[0]) is None:
-            return f"not installed (pip install {self.installed_as})"
+        for package, installed_as in (
+            (self.package, self.installed_as),
+            ("numpy", "numpy"),
+        ):  # tensors travel as arrays
+            if importlib.util.find_spec(package.partition(".")[0]) is None:
+                return f"not installed (pip install {installed_as})"
         return None
 
     @contextmanager

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy
-
 from fastref.bench.peers.bytesfloor import TOUCH, BytesFloor, Server
 
 __all__ = ["IceoryxFloor"]
@@ -54,10 +52,14 @@ def _service(iox: ModuleType, address: str) -> tuple[Any, Any]:
 
 
 def _bytes_of(sample: Any) -> Any:
+    import numpy  # only where it is measured
+
     return numpy.frombuffer(sample.payload().as_memory_view(), dtype="B")
 
 
 def _fill(memory: Any, operation: int, payload: Any) -> None:
+    import numpy
+
     memory[0] = operation
     memory[HEADER_BYTES:] = numpy.frombuffer(payload, dtype="B") if len(payload) else 0
 

@@ -11,8 +11,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import numpy
-
 from fastref.bench.peers.bytesfloor import ECHO, FETCH, TOUCH, TOUCHES, BytesFloor, Server
 from fastref.bench.work import FETCHED_BYTES
 
@@ -30,6 +28,8 @@ class MpiWire:
         # The launcher comes with the library and may lie beside the interpreter, off the path.
         os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
         self._peer = mpi.COMM_SELF.Spawn(sys.executable, args=["-m", __name__], maxprocs=1)
+        import numpy  # only where it is measured
+
         self._received = numpy.ones(LARGEST_BYTES, dtype="B")
 
     def ask(self, operation: int, payload: Any) -> Any:
@@ -53,6 +53,8 @@ class MpiWire:
 def serve(mpi: ModuleType) -> None:
     """Answer the process that spawned this one until it has enough."""
     parent, server, status = mpi.Comm.Get_parent(), Server(), mpi.Status()
+    import numpy
+
     buffer = numpy.ones(LARGEST_BYTES, dtype="B")
     while True:
         parent.Recv([buffer, mpi.BYTE], source=0, status=status)
