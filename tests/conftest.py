@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 import pytest_timeout
 
+from fastref.rendezvous.ways import forced_transport
 from tests.leaks import take_holdings, wait_for_return
 from tests.watchdog import CHILD_LIFETIME_S, STACKS_PATH_VARIABLE, Watchdog, run_armed
 
@@ -87,6 +88,15 @@ def mp_context() -> ForkServerContext:
     context.set_forkserver_preload(["torch", "fastref", "tests.watchdog"])
     forkserver.ensure_running()
     return context
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``@pytest.mark.shared_memory("what of it")`` where all workers talk over TCP."""
+    if forced_transport() != "tcp":
+        return
+    for item in items:
+        for mark in item.iter_markers("shared_memory"):
+            item.add_marker(pytest.mark.skip(reason=f"takes shared memory: {mark.args[0]}"))
 
 
 class WorkerProcesses(list[ForkServerProcess]):

@@ -15,6 +15,7 @@ import torch
 
 import fastref.rpc as rpc
 from fastref.errors import OwnerDied, RendezvousError, UsageError, WorkerDied
+from fastref.rref import current_wiring
 from tests import puppets
 from tests.hosts import Host, hosts
 from tests.puppets import Cell
@@ -448,7 +449,7 @@ def held_up_in_method(to: str) -> Any:
 
 
 def held_up_in_flood(to: str) -> Any:
-    return torch.futures.wait_all([rpc.rpc_async(to, puppets.echo, (torch.ones(1 << 20),)) for _ in range(10**4)])
+    return torch.futures.wait_all([rpc.rpc_async(to, puppets.echo, (torch.ones(1 << 20),)) for _ in range(100)])
 
 
 HELD_UP = [held_up_in_call, held_up_in_future, held_up_in_fetch, held_up_in_method]
@@ -557,3 +558,54 @@ def test_a_host_stopped_for_too_long_is_dead_for_good(room: list[Host]) -> None:
 def use_kept(label: str, how: str) -> None:
     rref = puppets.kept(label)
     rref.to_here() if how == "to_here" else rref.rpc_sync().get()
+
+
+def test_a_worker_stopped_for_too_long_is_dead_to_those_beside_it_too(room: list[Host]) -> None:
+    """Those of its host share memory with it, and would wait; but a worker lives for all, or for nobody."""
+    world = World(room).join(peer_timeout=SILENCE_S)
+    for rank, owner in ((5, "w0"), (4, "w5"), (5, "w4")):
+        world[rank].do(puppets.keep_result, f"of {owner}", rpc.remote, owner, Cell, (rank,))
+        world[rank].do(puppets.call_kept, f"of {owner}", "to_here")
+    started = time.monotonic()
+    world[5].stop()
+    for puppet in world.all[:5]:
+        puppet.do(puppets.wait_until_dead, "w5")
+        puppet.do(puppets.wait_until_removed)
+        puppet.do(puppets.wait_until_entries, 0)
+    print(f"a worker stopped: it was removed everywhere after {time.monotonic() - started:.3f} s")
+    with pytest.raises(OwnerDied, match="w5"):
+        world[4].do(use_kept, "of w5", "to_here")
+    world[5].go_on()
+    for puppet in world.all[:5]:
+        world[5].do(puppets.wait_until_dead, puppet.name)
+    for owner in ("w0", "w4"):
+        with pytest.raises(OwnerDied):
+            world[5].do(use_kept, f"of {owner}", "rpc_sync")
+    for puppet in world.all:
+        puppet.do(puppets.drop_all)
+    for side in (range(5), (5,)):
+        world.check(side)
+        world.leave(side)
+
+
+def cut(rank: int) -> None:
+    current_wiring().cut(rank, "the test says so")
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 5), (5, 0)], ids=["lower", "higher"])
+def test_of_two_that_have_lost_each_other_one_goes_for_all(room: list[Host], first: int, second: int) -> None:
+    world = World(room).join(peer_timeout=SILENCE_S)
+    world[4].do(puppets.keep_result, "of w5", rpc.remote, "w5", Cell, (1,))
+    world[first].do(cut, second)
+    for puppet in world.all[:5]:
+        puppet.do(puppets.wait_until_dead, "w5")
+        puppet.do(puppets.wait_until_removed)
+    for puppet in world.all[:5]:
+        world[5].do(puppets.wait_until_dead, puppet.name)
+        puppet.do(call_everybody, world.names[:5])
+    with pytest.raises(WorkerDied, match="worker 'w5' .* died: worker 'w0' takes it for dead: "):
+        world[4].do(rpc.rpc_sync, "w5", puppets.nothing)
+    world[4].do(puppets.drop_all)
+    for side in (range(5), (5,)):
+        world.check(side)
+        world.leave(side)

@@ -19,6 +19,8 @@ from fastref.rref import current_wiring
 from tests import puppets
 from tests.puppets import PATIENCE_S, Ended, Puppet, Troupe, troupe_fixture  # noqa: F401
 
+pytestmark = pytest.mark.shared_memory("workers of a group of open size use nothing else so far")
+
 ROUNDS = 20
 # Half of them leave a worker few bits, or none: then holders go by messages.
 BITS = [61, 1]

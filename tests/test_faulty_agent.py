@@ -348,6 +348,7 @@ def test_a_late_message_keeps_what_it_carries() -> None:
     assert rpc.rpc_sync("w2", work.wait_until_traced, (0,)) == work.wait_until_traced(0) == 0
 
 
+@pytest.mark.shared_memory("a ring is full sooner than the room of a connection")
 @in_job
 def test_late_messages_that_find_a_full_ring_wait_for_room() -> None:
     pid = current_wiring().peers[1].pid
@@ -497,6 +498,7 @@ def join_as_usual(rank: int, init_method: str) -> None:
     rpc.shutdown(timeout=60)
 
 
+@pytest.mark.shared_memory("published values are read there")
 def test_jobs_with_other_options_know_nothing_of_it(spawn_workers: Start, name: str) -> None:
     spawn_workers(join_as_usual, [(rank, name) for rank in range(2)]).join()
 

@@ -21,6 +21,8 @@ from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
 from tests.puppets import Troupe, troupe_fixture  # noqa: F401
 
+pytestmark = pytest.mark.shared_memory("what is handed on stays where it lies")
+
 jobs, job = job_fixtures(3)
 
 SIZE = 100_000  # elements of four bytes

@@ -50,6 +50,7 @@ IMMUTABLE = [
 ]
 
 
+@pytest.mark.shared_memory("published values are read there")
 @in_job
 def test_an_immutable_value_is_read_without_asking_its_owner() -> None:
     for value in IMMUTABLE:
@@ -65,6 +66,7 @@ def test_an_immutable_value_is_read_without_asking_its_owner() -> None:
         assert rpc.rpc_sync("w1", work.figures, args=("calls", "served")) == served + 1
 
 
+@pytest.mark.shared_memory("published values are read there")
 @in_job
 def test_a_value_that_was_fetched_by_message_is_published() -> None:
     kept = []
@@ -76,6 +78,7 @@ def test_a_value_that_was_fetched_by_message_is_published() -> None:
         assert work.figures("calls", "fetched_by_message") == asked, len(kept)
 
 
+@pytest.mark.shared_memory("published values are read there")
 @in_job
 def test_a_local_value_that_is_immutable_is_read_by_others_without_asking() -> None:
     rref = rpc.RRef((1, "two"))
@@ -285,6 +288,7 @@ def stopped(worker: str) -> Iterator[None]:
         os.kill(process, signal.SIGCONT)
 
 
+@pytest.mark.shared_memory("published values are read there")
 @in_job
 def test_published_values_are_fetched_from_a_stopped_owner() -> None:
     rrefs = [rpc.remote("w1", work.echo, args=(value,)) for value in IMMUTABLE]
@@ -296,6 +300,7 @@ def test_published_values_are_fetched_from_a_stopped_owner() -> None:
         assert all(rref.confirmed_by_owner() for rref in rrefs)
 
 
+@pytest.mark.shared_memory("published values are read there")
 @in_job
 def test_references_are_handed_on_and_let_go_of_while_their_owner_is_stopped() -> None:
     kept = [rpc.remote("w1", work.echo, args=(number,)) for number in range(20)]
@@ -345,6 +350,7 @@ def take_and_drop_repeatedly(rref: rpc.RRef) -> None:
         holder.acquire_unpinned(index, generation)
 
 
+@pytest.mark.shared_memory("published values are read there")
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed: nothing counts system calls")
 @pytest.mark.parametrize("act", [fetch_repeatedly, take_and_drop_repeatedly])
 @in_job

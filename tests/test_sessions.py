@@ -507,7 +507,10 @@ def fill_the_table() -> None:
     assert rpc.remote("w1", work.Counter).rpc_sync().get() == 0
 
 
-@pytest.mark.parametrize("world_size", [2, None])
+@pytest.mark.parametrize(
+    "world_size",
+    [2, pytest.param(None, marks=pytest.mark.shared_memory("a group of open size uses nothing else so far"))],
+)
 def test_the_memory_of_a_job_goes_when_it_is_left(
     world_size: int | None, spawn_workers: Callable[..., Any], tmp_path: Path
 ) -> None:

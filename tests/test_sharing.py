@@ -18,6 +18,8 @@ from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
 from tests.puppets import Troupe, troupe_fixture  # noqa: F401
 
+pytestmark = pytest.mark.shared_memory("that is what several write")
+
 jobs, job = job_fixtures(3, [{}, {"table_bits": 0}])
 
 DTYPES = [torch.float32, torch.float64, torch.int8, torch.bool, torch.bfloat16, torch.complex64, torch.float8_e4m3fn]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -46,6 +47,7 @@ def flood_without_waiting(to: str, count: int, size_bytes: int) -> None:
     puppets.keep("flood", [rpc.rpc_async(to, puppets.echo, (b"x" * size_bytes,), timeout=0) for _ in range(count)])
 
 
+@pytest.mark.shared_memory("published values are read there")
 def test_a_stopped_owner_stops_nobody_else(troupe: Troupe) -> None:
     """Its references can still be taken, handed on and dropped, its published values read."""
     owner, w1, w2 = troupe.start(3)
@@ -141,3 +143,25 @@ def use_what_was_never_made(to: str) -> None:
     assert not rref.confirmed_by_owner()
     assert rref.owner_name() == to
     assert repr(rref).startswith("UserRRef(")
+
+
+def join_over_tcp(rank: int, job: str, peer_timeout: float) -> None:
+    os.environ["FASTREF_TRANSPORT"] = "tcp"
+    puppets.join_job(f"w{rank}", rank, 2, job, {"peer_timeout": peer_timeout})
+
+
+def test_who_was_stopped_reads_what_came_meanwhile_before_it_calls_others_silent(troupe: Troupe) -> None:
+    """One is patient, the other is not and hears of the first often enough all the same."""
+    w0, w1 = (troupe.hire(f"w{rank}") for rank in range(2))
+    for rank, (puppet, patience_s) in enumerate(((w0, 1000.0), (w1, 1.0))):
+        puppet.order(join_over_tcp, rank, troupe.job, patience_s)
+    for puppet in (w0, w1):
+        puppet.outcome()
+    time.sleep(1.5)
+    w1.stop()
+    time.sleep(1.5)
+    w1.go_on()
+    time.sleep(SOON_S)
+    assert w1.do(rpc.rpc_sync, "w0", puppets.process_id) == w0.pid
+    assert w0.do(rpc.rpc_sync, "w1", puppets.process_id) == w1.pid
+    troupe.leave([w0, w1])

@@ -50,6 +50,7 @@ cdef class TcpChannel(Channel):
     cdef readonly bint silent   # that was what broke it
     cdef readonly str reason
     cdef int64_t heard_ns, spoke_ns
+    cdef int64_t quiet_ns       # after so long without a record a sign of life is sent
     cdef readonly uint64_t sent, received, bytes_sent, bytes_received, resumed
     # What follows belongs to the thread that reads.
     cdef bint more              # than was read at once

@@ -78,6 +78,7 @@ cdef enum:
     TICK_MS = 20                # while confirmations are owed
     TICK_NS = 10000000
     IDLE_TICK_MS = 500
+    MS_NS = 1000000
 
 LARGEST_RECORD = LARGEST
 
@@ -85,6 +86,7 @@ cdef uint64_t MAGIC = <uint64_t>0xFA << 56
 cdef uint64_t SIZE_MASK = (<uint64_t>1 << 56) - 1
 
 ROOM_BYTES = 64 << 20
+cdef int64_t NEVER_NS = <int64_t>1 << 62
 
 
 cdef class TcpChannel(Channel):
@@ -98,10 +100,13 @@ cdef class TcpChannel(Channel):
         Which source of the loop's inbox the peer is.
     room_bytes : int
         What may wait to be sent or confirmed. One record more is taken, however large.
+    silence_s : float
+        After how long without a sign of life the peer takes this end for broken. 0: never.
     """
 
-    def __cinit__(self, loop: TcpLoop, source: int, room_bytes: int = ROOM_BYTES):
+    def __cinit__(self, loop: TcpLoop, source: int, room_bytes: int = ROOM_BYTES, silence_s: float = 0.0):
         self.room_bytes = room_bytes
+        self.quiet_ns = min(loop.silence_ns or NEVER_NS, <int64_t>(silence_s * 1e9) or NEVER_NS) // 3
         self.loop, self.inbox, self.source = loop, loop.inbox, source
         self.largest = LARGEST
         self.fd = -1
@@ -637,6 +642,8 @@ cdef class TcpLoop:
                     longest_ms = 0
                 elif (<TcpChannel>channel)._owes():
                     longest_ms = min(longest_ms, TICK_MS)
+                elif (<TcpChannel>channel).quiet_ns // 2 < longest_ms * MS_NS:
+                    longest_ms = max((<TcpChannel>channel).quiet_ns // 2 // MS_NS, 1)
         count = epoll_wait(self.fd, events, EVENTS, longest_ms)
         now = fr_now_ns()
         for i in range(count):
@@ -652,10 +659,12 @@ cdef class TcpLoop:
             if (<TcpChannel>channel).more:
                 self._serve(channel, EPOLLIN, now)
             elif self.silence_ns and now - (<TcpChannel>channel).heard_ns > self.silence_ns:
-                with gil:
-                    self._break(<TcpChannel>channel, SILENT)
+                # Who was stopped, and is woken without an event, has not read what came meanwhile.
+                if self._serve(channel, EPOLLIN, now) and now - (<TcpChannel>channel).heard_ns > self.silence_ns:
+                    with gil:
+                        self._break(<TcpChannel>channel, SILENT)
             elif now - self.looked_ns >= TICK_NS:
-                (<TcpChannel>channel)._speak_if(self.silence_ns // 3, now)
+                (<TcpChannel>channel)._speak_if((<TcpChannel>channel).quiet_ns, now)
         if now - self.looked_ns >= TICK_NS:
             self.looked_ns = now
         return 0

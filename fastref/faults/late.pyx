@@ -9,7 +9,8 @@ from collections import deque
 from libc.stdint cimport int64_t, uint64_t
 
 from fastref._core cimport fr_now_ns
-from fastref.channels.channel cimport SENT_CLOSED, SENT_TOO_LARGE, Channel
+from fastref.channels.channel cimport SENT_CLOSED, SENT_TOO_LARGE, Bulk, Channel
+from fastref.runtime.post cimport Bulky
 from fastref.wire.frame cimport PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
 
 __all__ = ["LateChannel"]
@@ -42,23 +43,35 @@ cdef class LateChannel(Channel):
         self.delays.pop(call, None)
 
     cdef int64_t try_send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size) noexcept nogil:
-        cdef const fr_frame* frame = <const fr_frame*>head
-        cdef int64_t position
+        return self.try_send_bulk(head, head_size, body, body_size, NULL)
+
+    cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                               Bulk* bulk) noexcept nogil:
         with gil:
-            self.forget_consumed()
-            if self.closed:
-                return SENT_CLOSED
-            if frame.kind in (PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL) and frame.call in self.delays:
-                if head_size + body_size > self.largest:
-                    return SENT_TOO_LARGE
-                record = head[:head_size] + (body[:body_size] if body_size else b"")
-                due_ns = fr_now_ns() + self.delays[frame.call]
-                entry = self._note(0)
-                position = entry[0]
-                self.agenda.add(due_ns, lambda: self._publish(entry, record))
-                return position
-            position = self.inner.try_send(head, head_size, body, body_size)
-            return self._note(position)[0] if position > 0 else position
+            return self._send(head, head_size, body, body_size, bulk)
+
+    cdef int64_t _send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size, Bulk* bulk):
+        cdef const fr_frame* frame = <const fr_frame*>head
+        cdef Bulky kept = None
+        cdef int64_t position
+        self.forget_consumed()
+        if self.closed:
+            return SENT_CLOSED
+        if frame.kind in (PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL) and frame.call in self.delays:
+            if head_size + body_size > self.largest:
+                return SENT_TOO_LARGE
+            record = head[:head_size] + (body[:body_size] if body_size else b"")
+            due_ns = fr_now_ns() + self.delays[frame.call]
+            if bulk != NULL:
+                kept = Bulky.__new__(Bulky)
+                kept.bulk = bulk[0]
+                bulk.start = NULL
+            entry = self._note(0)
+            position = entry[0]
+            self.agenda.add(due_ns, lambda: self._publish(entry, record, kept))
+            return position
+        position = _send(self.inner, head, head_size, body, body_size, bulk)
+        return self._note(position)[0] if position > 0 else position
 
     cdef list _note(self, int64_t inner):
         """Give the next position to a record. The interpreter lock is kept meanwhile: positions are in order."""
@@ -67,13 +80,13 @@ cdef class LateChannel(Channel):
         self.under_way.append(entry)
         return entry
 
-    def _publish(self, entry: list, record: bytes) -> None:
+    def _publish(self, entry: list, record: bytes, kept: Bulky | None) -> None:
         cdef const char* start = record
-        cdef int64_t position = self.inner.try_send(start, len(record), NULL, 0)
+        cdef int64_t position = _send(self.inner, start, len(record), NULL, 0, NULL if kept is None else &kept.bulk)
         if position > 0:
             entry[1] = position
         elif position == 0:
-            self.agenda.add(fr_now_ns() + AGAIN_NS, lambda: self._publish(entry, record))
+            self.agenda.add(fr_now_ns() + AGAIN_NS, lambda: self._publish(entry, record, kept))
 
     cdef uint64_t passed(self, uint64_t reached):
         """The last of our positions up to which every record lies before ``reached`` on the inner channel."""
@@ -101,3 +114,10 @@ cdef class LateChannel(Channel):
     cdef void close(self) noexcept nogil:
         self.closed = True
         self.inner.close()
+
+
+cdef int64_t _send(Channel channel, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
+                   Bulk* bulk) noexcept nogil:
+    if bulk == NULL:
+        return channel.try_send(head, head_size, body, body_size)
+    return channel.try_send_bulk(head, head_size, body, body_size, bulk)

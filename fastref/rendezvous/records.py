@@ -53,6 +53,8 @@ class WorkerRecord:
         How often its job was restarted before.
     entries : int
         Of its reference table.
+    silence_ms : int
+        After how long without a sign of life it takes a worker of another host for dead.
     """
 
     name: str
@@ -69,6 +71,7 @@ class WorkerRecord:
     endpoint: str = ""
     entries: int = 1 << 18
     epoch: int = 0
+    silence_ms: int = 15_000
 
     def __str__(self) -> str:
         return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
@@ -121,6 +124,7 @@ class WorkerRecord:
             endpoint=endpoint,
             entries=_entries(fields),
             epoch=read_integer(fields, "epoch"),
+            silence_ms=read_integer(fields, "silence_ms", least=1, most=10**12),
         )
 
     @classmethod

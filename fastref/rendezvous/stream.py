@@ -11,12 +11,13 @@ import time
 from fastref.errors import ProtocolError, UsageError
 from fastref.rendezvous.connection import MAX_MESSAGE_BYTES, Connection, Message, parse_message
 
-__all__ = ["StreamConnection", "endpoint_text", "parse_endpoint", "tune"]
+__all__ = ["StreamConnection", "endpoint_text", "parse_endpoint", "tolerate", "tune"]
 
 SILENCE_S = 15.0
 """How long a peer may leave what was sent to it without an acknowledgement before the connection has ended."""
 _KEEPALIVE_AFTER_S, _KEEPALIVE_EVERY_S = 5, 2
 _KEEPALIVE_TIMES = 5  # together with the two above: SILENCE_S
+_LONGEST_MS = 2**31 - 1
 
 _HEAD_BYTES = 4
 # A message that has been begun has to be finished, whatever the caller's patience; all of it fits into any socket's
@@ -134,11 +135,19 @@ def tune(sock: socket.socket) -> None:
     """Set what every TCP connection between workers has: no waiting, no delay, an end after silence."""
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1e3))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_AFTER_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_TIMES)
+    tolerate(sock, SILENCE_S)
+
+
+def tolerate(sock: socket.socket, silence_s: float) -> None:
+    """Have the system end a connection after this much silence, not before; who reads it may do so sooner."""
+    if sock.family != socket.AF_UNIX:  # as it is where something stands in between
+        # With this set, the number of probes without an answer does not count.
+        longest_ms = min(max(silence_s, SILENCE_S) * 1e3, _LONGEST_MS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(longest_ms))
 
 
 def endpoint_text(address: str, port: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fastref._core import MirrorHolder, table_sizes
 from fastref.channels.channel import Inbox
 from fastref.channels.tcp import TcpChannel, TcpLoop
+from fastref.rendezvous import tolerate
 from fastref.runtime.post import use_warm_memory
 
 __all__ = ["Abroad", "mirror_of"]
@@ -43,6 +44,7 @@ class Abroad:
     """
 
     def __init__(self, inbox: Inbox, silence_s: float, on_gone: Callable[[int, str, bool], None]) -> None:
+        self._silence_s = silence_s
         self._loop = TcpLoop(inbox, self._on_break, silence_s)
         use_warm_memory(self._loop)
         self._on_gone = on_gone
@@ -50,9 +52,13 @@ class Abroad:
         self._sockets: dict[int, socket.socket] = {}
         self._thread = threading.Thread(target=self._loop.run, name="fastref-tcp", daemon=True)
 
-    def add(self, rank: int, sock: socket.socket) -> TcpChannel:
-        """Make the channel to a worker; nothing is sent or read before ``begin``."""
-        self.channels[rank] = TcpChannel(self._loop, rank)
+    def add(self, rank: int, sock: socket.socket, silence_s: float) -> TcpChannel:
+        """Make the channel to a worker; nothing is sent or read before ``begin``.
+
+        ``silence_s``: after which that worker, for its part, takes this one for dead.
+        """
+        self.channels[rank] = TcpChannel(self._loop, rank, silence_s=silence_s)
+        tolerate(sock, self._silence_s)
         self._sockets[rank] = sock
         return self.channels[rank]
 

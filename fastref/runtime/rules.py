@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from typing import Any
 
 from fastref import _core
@@ -24,6 +25,7 @@ __all__ = ["RuleKeeper"]
 logger = logging.getLogger("fastref")
 
 FIRST_WINDOW = 32  # entries opened ahead for a peer; doubles each time the peer runs out
+AGREE_S = 1.0  # for a death to be seen by all who can see it
 LARGEST_WINDOW = 1024  # more than requests that fit in a ring, so credits are never what limits a burst
 
 
@@ -31,6 +33,7 @@ class RuleKeeper(Server):
     """A runtime's bookkeeping. Rules decide under one lock, marks are set under it too; all else is done later."""
 
     bits: int  # ranks below this have a bit in this worker's table
+    silence_s: float = 15.0  # after which a worker of another host counts as dead
     main_digest: str  # of the ``__main__`` that this worker runs; empty: none that a peer could share
 
     def __init__(self, *args: Any, incarnation: int = 0, **kwargs: Any) -> None:
@@ -41,6 +44,7 @@ class RuleKeeper(Server):
         self._removal = removal.Removal(uid, {uid})
         self._owner_forks = forks.OwnerForks()
         self._user_forks = forks.UserForks()
+        self._suspects: dict[tuple[int, int], tuple[float, str]] = {}  # who, to whom: dead here when, why
         self._rounds = Rounds(self.rank, {self.rank})
         self._round_heard = threading.Condition()
         self._greeted = threading.Condition()
@@ -336,9 +340,31 @@ class RuleKeeper(Server):
         self._perform_removal(commands)
 
     def _drain_asked(self, peer: Peer, call: int, value: Any) -> None:
+        self._suspect(_rank_of(call), peer, str(value))
         with self._rules:
             commands = self._removal.handle(removal.Ask(call, peer.uid))
         self._perform_removal(commands)
+
+    def _suspect(self, rank: int, accuser: Peer, reason: str) -> None:
+        """A worker of another host takes one for dead that may live here: it lives for all, or for nobody.
+
+        Whoever ended is missed here in a moment too, and for the true reason. Of two that have lost each other, and
+        nobody else, both take the other for dead: the higher rank is. The word of a higher rank waits until that of the
+        lower one, if it lives, must have come.
+        """
+        accused = self.peers[rank] if rank < len(self.peers) else None
+        if accused is None or accused.is_dead or accused.host == accuser.host or rank == self.rank:
+            return
+        wait_s = AGREE_S if accuser.rank < rank else AGREE_S + self.silence_s / 3
+        said = (time.monotonic() + wait_s, f"worker {accuser.name!r} takes it for dead: {reason[:200]}")
+        self._suspects.setdefault((rank, accuser.rank), said)
+
+    def _give_suspects_up(self, now_s: float) -> None:
+        for (rank, accuser), (due_s, reason) in list(self._suspects.items()):
+            if self.peers[rank].is_dead or self.peers[accuser].is_dead:
+                self._suspects.pop((rank, accuser), None)
+            elif now_s >= due_s:
+                self.cut(rank, reason)
 
     def _drain_done(self, peer: Peer, call: int, value: Any) -> None:
         with self._rules:
@@ -350,7 +376,8 @@ class RuleKeeper(Server):
             if isinstance(command, removal.LookAtInbox):
                 self.watch_inbox(_rank_of(command.dead))
             elif isinstance(command, removal.SendAsk):
-                self.tell(self.peers[_rank_of(command.to)], Kind.DRAIN_ASK, None, call=command.dead)
+                reason = self.peers[_rank_of(command.dead)].death
+                self.tell(self.peers[_rank_of(command.to)], Kind.DRAIN_ASK, reason, call=command.dead)
                 _core.failpoint("removal.asked")
             elif isinstance(command, removal.SendDone):
                 self.tell(self.peers[_rank_of(command.to)], Kind.DRAIN_DONE, None, call=command.dead)
@@ -387,6 +414,8 @@ class RuleKeeper(Server):
         for peer in self.known_peers():
             peer.free(self.arena)
             self._delete_what_is_gone(peer)
+        if self._suspects:
+            self._give_suspects_up(now_s)
         self.expire()
         self.give_up_futures()
         if self.table.is_flagged() or self.watched:

@@ -72,6 +72,7 @@ __all__ = ["Runtime"]
 logger = logging.getLogger("fastref")
 
 LOOPBACK_ROOM = 4096  # records that may be under way to ourselves
+LONGEST_SILENCE_S = 1e9  # what is longer is for ever
 IDS_BITS = 36  # of a worker's ids are its own count; the bits above tell it from others who had its rank
 
 
@@ -116,6 +117,7 @@ class Runtime(GroupKeeper):
         self.main_digest = mainmodule.fingerprint()
         self._links: dict[int, Link] = {}
         self._far_links: dict[int, TcpLink] = {}
+        self.silence_s = min(options.peer_timeout, LONGEST_SILENCE_S)
         self._door: Door | None = None
         self._abroad: Abroad | None = None
         self._closing = threading.Lock()
@@ -225,6 +227,7 @@ class Runtime(GroupKeeper):
             name=name, rank=0, pid=os.getpid(), instance=self._lock.instance, address=str(self._listener.path),
             world_size=1, version=__version__, layout=LAYOUT, bits=self.options.table_bits,
             host=place_of(self._lock.instance), entries=self.options.table_capacity,
+            silence_ms=math.ceil(self.silence_s * 1e3),
         )  # fmt: skip
 
     def _tell_others(
@@ -308,7 +311,7 @@ class Runtime(GroupKeeper):
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
-        self._abroad = abroad = Abroad(self.inbox, self.options.peer_timeout, self._gone_abroad)
+        self._abroad = abroad = Abroad(self.inbox, self.silence_s, self._gone_abroad)
         linked = [self.peer_over(link) for link in self._links.values()]
         linked += [self._peer_abroad(link, abroad) for link in self._far_links.values()]
         for peer in linked:
@@ -372,8 +375,9 @@ class Runtime(GroupKeeper):
         # Of two that could share memory, but could not reach each other, each is alone for the other.
         host = record.host if record.host != self.record.host else f"{record.host}:{record.instance}"
         peer = Peer(
-            record.rank, WorkerInfo(record.name, record.rank), record.pid, abroad.add(record.rank, link.take_socket()),
-            None, mirror_of(record.entries), None, record.bits, record.incarnation, host=sys.intern(host),
+            record.rank, WorkerInfo(record.name, record.rank), record.pid,
+            abroad.add(record.rank, link.take_socket(), record.silence_ms / 1e3), None, mirror_of(record.entries), None,
+            record.bits, record.incarnation, host=sys.intern(host),
         )  # fmt: skip
         peer.way = str(link.way)
         return peer
@@ -621,7 +625,7 @@ class Runtime(GroupKeeper):
         self.blocks.close()
         self._lock.release()
         # What this runtime mapped should go with its last handle, not when the garbage collector comes round.
-        self._monitor = None
+        self._monitor = self._abroad = None
         self._links, self._acts = {}, {}
         if self.errands:  # what came after the last thread: steps of this runtime, which refer to it
             self.errands.clear()
