@@ -16,13 +16,12 @@ from types import SimpleNamespace
 import pytest
 
 from fastref.bench import ROWS, Comparison, Effort, Group, Reach, Row, Summary, compare
-from fastref.bench.rows import ROW_GROUPS
 from fastref.bench.__main__ import main
 from fastref.bench.caller import Caller
 from fastref.bench.group import burner
 from fastref.bench.line import LINE_BYTES, Line
 from fastref.bench.report import BEGIN, END, format_figure, markdown, text_table, to_json, write_markdown
-from fastref.bench.rows import reached
+from fastref.bench.rows import ROW_GROUPS, reached
 from fastref.bench.timing import BATCH, summarize, time_each
 from fastref.errors import FastrefError, UsageError, WorkerDied
 
