@@ -26,14 +26,25 @@ INSTRUMENTED := LD_PRELOAD="$(shell gcc -print-file-name=libasan.so) $(shell gcc
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 endif
 
-.PHONY: demo test conformance differences gates model tsan fuzz fuzz-decoders debug build lint format types docs \
+.PHONY: demo test test-over-tcp conformance differences gates model tsan fuzz fuzz-decoders debug build lint format types docs \
 	bench-quick bench-html bench-compare clean
+
+# Tests of workers who do more than meet.
+OVER_TCP := across_hosts async_execution bad_input calls compat death dynamic_groups failpoints faulty_agent fork \
+	forwarding futures init_methods large_leases leases main_objects membership message_stories misconfigured \
+	no_memory outstanding picklers pickling profiling proxy publishing publishing_faults reference_machine \
+	reference_scenarios reference_values references remote_exceptions scale script_values sessions sharing signals \
+	small_shm stopped stress surface tensor_kinds tensors_travel testing
 
 demo: build
 	$(INSTRUMENTED) $(PY) examples/parameter_server.py --compare
 
 test: build
 	$(INSTRUMENTED) $(PY) -m pytest $(PYTEST_ARGS)
+
+# The same where no two workers share memory; what is about shared memory alone is skipped, and says why.
+test-over-tcp: build
+	FASTREF_TRANSPORT=tcp $(INSTRUMENTED) $(PY) -m pytest $(OVER_TCP:%=tests/test_%.py) $(PYTEST_ARGS)
 
 conformance: build
 	$(INSTRUMENTED) $(PY) -m tests.conformance $(CONFORMANCE_ARGS)

@@ -44,7 +44,8 @@ class Job:
         What starts them.
     world_size : int
     options : dict
-        Arguments of ``RpcBackendOptions``, the init method excepted; ``kind`` is another class of options.
+        Arguments of ``RpcBackendOptions``, the init method excepted; ``kind`` is another class of options,
+        ``transport`` what ``FASTREF_TRANSPORT`` says to the workers.
     """
 
     def __init__(self, context: ForkServerContext, world_size: int, **options: Any) -> None:
@@ -174,6 +175,8 @@ def _work(pipe: Any, rank: int, world_size: int, options: dict[str, Any]) -> Non
     """Be a worker: join, follow orders, leave."""
     arm(JOB_LIFETIME_S)
     kind = options.pop("kind", rpc.RpcBackendOptions)
+    if transport := options.pop("transport", ""):
+        os.environ["FASTREF_TRANSPORT"] = transport
     rpc.init_rpc(f"w{rank}", rank=rank, world_size=world_size, rpc_backend_options=kind(**options))
     pipe.send(("done", None))
     while (order := pipe.recv()) is not None:

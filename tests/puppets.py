@@ -190,7 +190,10 @@ def _receive(pipe: Pipe) -> Any:
 
 
 def join_job(name: str, rank: int, world_size: int, job: str, options: dict[str, Any]) -> None:
-    """Join ``local://job``."""
+    """Join ``local://job``; among the options ``transport`` is what ``FASTREF_TRANSPORT`` says."""
+    options = dict(options)
+    if transport := options.pop("transport", ""):
+        os.environ["FASTREF_TRANSPORT"] = transport
     rpc.init_rpc(
         name,
         rank=rank,

@@ -16,7 +16,7 @@ from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import in_job, job_fixtures
 
-jobs, job = job_fixtures(3)
+jobs, job = job_fixtures(3, [{}, {"transport": "tcp"}])
 
 WAYS = ["sync", "async", "remote"]
 _released: list[torch.futures.Future] = []

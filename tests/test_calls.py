@@ -26,7 +26,7 @@ from tests import work
 from tests.jobs import in_job, job_fixtures, names
 
 # Everything here has to work with a single thread too.
-jobs, job = job_fixtures(3, [{}, {"num_worker_threads": 1}])
+jobs, job = job_fixtures(3, [{}, {"num_worker_threads": 1}, {"transport": "tcp"}])
 
 
 # ---- whom

@@ -63,7 +63,12 @@ ABROAD = [
     "delete.queued",
     "delete.applied",
 ]
-RUNNING = [point for point in POINTS if point not in {*AT_START, *AT_END, *IN_GROUPS, *FILES, *IN_REMOVAL, *ABROAD}]
+# Passed only over TCP.
+FAR = [point for point in POINTS if point.startswith("tcp.")]
+ELSEWHERE = {*AT_START, *AT_END, *IN_GROUPS, *FILES, *IN_REMOVAL, *ABROAD, *FAR}
+RUNNING = [point for point in POINTS if point not in ELSEWHERE]
+# Passed only where memory is shared.
+SHARED = ("arena.borrowed", "lease.", "publish.seen", "publish.withdrawn", "ring.", "slot.", "table.peer_half_removed")
 # With one bit in each table, w0 has one everywhere: it asks nobody, and tells nobody what it has let go.
 NEVER_PASSED = {("fork.requested", "owner"), ("fork.accepted", "owner"), ("delete.queued", "owner")}
 
@@ -79,7 +84,10 @@ def combinations(of: list[str]) -> list[Any]:
     for point, role, action in itertools.product(of, ROLES, ACTIONS):
         if (point, role) not in NEVER_PASSED:
             rare = action != "kill" and number(point, role, action) % 3
-            found.append(pytest.param(point, role, action, marks=[pytest.mark.gates] if rare else []))
+            marks = [pytest.mark.gates] if rare else []
+            if point.startswith(SHARED):
+                marks.append(pytest.mark.shared_memory("the place is passed nowhere else"))
+            found.append(pytest.param(point, role, action, marks=marks))
     return found
 
 
@@ -291,6 +299,13 @@ def test_a_worker_hit_at_any_point_harms_only_its_own_calls(troupe: Troupe, poin
 def test_without_bits_in_the_table_it_is_the_same(troupe: Troupe, point: str, role: str, action: str) -> None:
     """One bit: only w0 has one anywhere, and all references of the others go by messages."""
     run_with_point(troupe, point, role, action, table_bits=1)
+
+
+@pytest.mark.parametrize(
+    ("point", "role", "action"), combinations([*FAR, "call.running", "delete.applied", "removal.asked"])
+)
+def test_over_tcp_it_is_the_same(troupe: Troupe, point: str, role: str, action: str) -> None:
+    run_with_point(troupe, point, role, action, transport="tcp")
 
 
 # ---- what can fail

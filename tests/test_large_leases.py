@@ -6,6 +6,7 @@ import atexit
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastref.rpc as rpc
@@ -14,6 +15,8 @@ from tests import puppets
 from tests.jobs import in_job, job_fixtures
 from tests.puppets import Troupe, troupe_fixture  # noqa: F401
 from tests.test_leases import leases, wait_for, wait_for_blocks
+
+pytestmark = pytest.mark.shared_memory("a lease is memory of another worker")
 
 jobs, job = job_fixtures(2)
 

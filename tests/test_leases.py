@@ -21,6 +21,8 @@ from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
 from tests.puppets import Troupe, troupe_fixture  # noqa: F401
 
+pytestmark = pytest.mark.shared_memory("a lease is memory of another worker")
+
 jobs, job = job_fixtures(2)
 
 SIZE = 100_000  # elements: a few hundred KiB
@@ -29,12 +31,12 @@ SMALL = 10_000  # bytes that are copied
 
 def leases(of: str) -> int:
     """Count the blocks of a worker's memory that this one leases now."""
-    return current_wiring().snapshot()["peers"][of]["leases"]
+    return current_wiring().snapshot()["peers"][of].get("leases", 0)
 
 
 def all_leases() -> int:
     """Count the blocks that this worker leases now, its own among them: what comes back to its owner lies there."""
-    return sum(peer["leases"] for peer in current_wiring().snapshot()["peers"].values())
+    return sum(peer.get("leases", 0) for peer in current_wiring().snapshot()["peers"].values())
 
 
 def pages_written(of: str) -> int:

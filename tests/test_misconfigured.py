@@ -29,7 +29,13 @@ def place(troupe: Troupe, tmp_path: Path) -> tuple[str, int, Path]:
     return troupe.job, free_port(), tmp_path
 
 
-@pytest.mark.parametrize("name", OFTEN)
+NOT_OVER_TCP = {
+    "no_memory_for_a_ring": pytest.mark.shared_memory("there is no ring elsewhere"),
+    "old_worker_in_a_running_job": pytest.mark.shared_memory("the port of a job that has all its workers is closed"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_OVER_TCP.get(name, ())) for name in OFTEN])
 def test_everybody_learns_what_is_wrong(
     troupe: Troupe, place: tuple[str, int, Path], tmp_path: Path, name: str
 ) -> None:
@@ -47,6 +53,7 @@ def test_everybody_learns_it_by_any_init_method(
     check(CASES[name], outcomes)
 
 
+@pytest.mark.shared_memory("there are no segments to damage elsewhere")
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_segment_is_an_error_that_names_its_maker(
     troupe: Troupe, place: tuple[str, int, Path], damage: str
@@ -104,6 +111,7 @@ def test_a_process_that_talks_nonsense_at_the_meeting_keeps_nobody_from_starting
     troupe.leave([w0, w1])
 
 
+@pytest.mark.shared_memory("there are no segments to damage elsewhere")
 def test_those_who_were_told_start_another_job_at_once(troupe: Troupe, place: tuple[str, int, Path]) -> None:
     crew, outcomes = play(troupe, CASES["no_memory_for_a_ring"].parts, "local", place)
     check(CASES["no_memory_for_a_ring"], outcomes)

@@ -16,6 +16,8 @@ from fastref.errors import RemoteError, ResourceError
 from tests import puppets
 from tests.puppets import Puppet, Troupe, troupe_fixture  # noqa: F401
 
+pytestmark = pytest.mark.shared_memory("it is what there is not enough of")
+
 LARGE_BYTES = 32 << 20
 SMALL_BYTES = 1 << 20
 

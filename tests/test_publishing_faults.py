@@ -20,6 +20,8 @@ from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import in_job, job_fixtures
 
+pytestmark = pytest.mark.shared_memory("published values are read there")
+
 jobs, job = job_fixtures(2)
 
 

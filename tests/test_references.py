@@ -23,7 +23,7 @@ from tests import work
 from tests.jobs import in_job, job_fixtures, names
 
 # With 61 bits all holders are bits; with 1 only w0 is one and the others go by messages; with 0 all do.
-jobs, job = job_fixtures(4, [{}, {"table_bits": 1}, {"table_bits": 0}])
+jobs, job = job_fixtures(4, [{}, {"table_bits": 1}, {"table_bits": 0}, {"transport": "tcp"}])
 
 OTHERS = ["w1", "w2", "w3"]
 

@@ -16,7 +16,7 @@ from fastref.errors import CallTimeout, FastrefError, RemoteError, UsageError
 from tests import failing, work
 from tests.jobs import in_job, job_fixtures
 
-jobs, job = job_fixtures(4)
+jobs, job = job_fixtures(4, [{}, {"transport": "tcp"}])
 
 
 def raised_by(function: Any, *args: Any, to: str = "w1", **kwargs: Any) -> list[BaseException]:

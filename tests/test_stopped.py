@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
@@ -145,16 +144,12 @@ def use_what_was_never_made(to: str) -> None:
     assert repr(rref).startswith("UserRRef(")
 
 
-def join_over_tcp(rank: int, job: str, peer_timeout: float) -> None:
-    os.environ["FASTREF_TRANSPORT"] = "tcp"
-    puppets.join_job(f"w{rank}", rank, 2, job, {"peer_timeout": peer_timeout})
-
-
 def test_who_was_stopped_reads_what_came_meanwhile_before_it_calls_others_silent(troupe: Troupe) -> None:
     """One is patient, the other is not and hears of the first often enough all the same."""
     w0, w1 = (troupe.hire(f"w{rank}") for rank in range(2))
     for rank, (puppet, patience_s) in enumerate(((w0, 1000.0), (w1, 1.0))):
-        puppet.order(join_over_tcp, rank, troupe.job, patience_s)
+        options = {"transport": "tcp", "peer_timeout": patience_s}
+        puppet.order(puppets.join_job, puppet.name, rank, 2, troupe.job, options)
     for puppet in (w0, w1):
         puppet.outcome()
     time.sleep(1.5)
