@@ -29,8 +29,7 @@ from fastref.rpc import _testing
 from fastref.rpc._testing import FaultyTensorPipeAgent, FaultyTensorPipeRpcBackendOptions
 from fastref.rref import current_wiring
 from fastref.runtime.runtime import Runtime
-from fastref.segments import run_root, sweep
-from tests import work
+from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
 
 Start = Callable[[Callable[..., object], list[tuple[object, ...]]], Any]
@@ -447,7 +446,7 @@ def die_before_a_late_message(rank: int, init_method: str) -> None:
 
 def test_a_late_message_to_one_who_died_ends_with_its_call(spawn_workers: Start, name: str) -> None:
     spawn_workers(die_before_a_late_message, [(rank, name) for rank in range(2)]).join()
-    sweep(run_root())  # what the dead left
+    puppets.sweep_up()  # what the dead left
 
 
 def join_over_a_store(rank: int, path: str) -> None:

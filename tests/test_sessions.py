@@ -508,17 +508,23 @@ def fill_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "world_size",
-    [2, pytest.param(None, marks=pytest.mark.shared_memory("a group of open size uses nothing else so far"))],
+    ("world_size", "transport"),
+    [
+        (2, ""),
+        (2, "tcp"),
+        pytest.param(None, "", marks=pytest.mark.shared_memory("a group of open size uses nothing else so far")),
+    ],
 )
 def test_the_memory_of_a_job_goes_when_it_is_left(
-    world_size: int | None, spawn_workers: Callable[..., Any], tmp_path: Path
+    world_size: int | None, transport: str, spawn_workers: Callable[..., Any], tmp_path: Path
 ) -> None:
     meeting = f"file://{tmp_path}/meeting"
-    spawn_workers(leave_and_look, [(rank, world_size, meeting) for rank in range(2)]).join()
+    spawn_workers(leave_and_look, [(rank, world_size, transport, meeting) for rank in range(2)]).join()
 
 
-def leave_and_look(rank: int, world_size: int | None, meeting: str) -> None:
+def leave_and_look(rank: int, world_size: int | None, transport: str, meeting: str) -> None:
+    if transport:
+        os.environ["FASTREF_TRANSPORT"] = transport
     gc.disable()  # a cycle would keep segments of the own job and of others until the next collection
     for number in range(2):
         options = rpc.RpcBackendOptions(init_method=f"{meeting}-{number}")

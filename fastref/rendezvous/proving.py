@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import selectors
@@ -230,19 +231,9 @@ class Provings:
         if self._most is not None and len(self._under_way) >= self._most:
             self._end(next(iter(self._under_way)), ConnectionAbortedError("others came after it"))
 
-        def go_on() -> None:
-            try:
-                if not proving.advance():
-                    self._selector.modify(proving.fileno(), proving.events, go_on)
-                    return
-            except (IdentityError, OSError) as error:
-                self._end(proving, error)
-                return
-            del self._under_way[proving]
-            self._selector.unregister(proving.fileno())
-            proved(proving.connection())
-
         self._under_way[proving] = failed
+        # No function that knows itself: it, and all that ``proved`` refers to, would wait for the garbage collector.
+        go_on = functools.partial(self._go_on, proving, proved)
         self._selector.register(proving.fileno(), proving.events, go_on)
 
     def expire(self) -> None:
@@ -258,6 +249,19 @@ class Provings:
         for proving in self._under_way:
             proving.close()
         self._under_way.clear()
+
+    def _go_on(self, proving: Proving, proved: Callable[[StreamConnection], None]) -> None:
+        try:
+            if not proving.advance():
+                go_on = functools.partial(self._go_on, proving, proved)
+                self._selector.modify(proving.fileno(), proving.events, go_on)
+                return
+        except (IdentityError, OSError) as error:
+            self._end(proving, error)
+            return
+        del self._under_way[proving]
+        self._selector.unregister(proving.fileno())
+        proved(proving.connection())
 
     def _end(self, proving: Proving, error: Exception) -> None:
         failed = self._under_way.pop(proving)
