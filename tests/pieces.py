@@ -114,6 +114,11 @@ class Piece:
         return HEAD.unpack_from(self.data)[1] if self.kind == "frame" else 0
 
     @property
+    def signal(self) -> int:
+        """Of a frame: what it says beside its record."""
+        return HEAD.unpack_from(self.data)[5] if self.kind == "frame" else 0
+
+    @property
     def received(self) -> int:
         """Of a frame: the highest number that its sender has received."""
         return HEAD.unpack_from(self.data)[2] if self.kind == "frame" else 0

@@ -216,6 +216,8 @@ class Proxy:
         self._ways.append(way)
         try:
             await way.run()
+        except asyncio.CancelledError:
+            pass  # it is closed; asyncio's own callback would complain of it
         except Exception as error:
             self.troubles.append(error)
         finally:

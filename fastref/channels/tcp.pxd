@@ -85,6 +85,7 @@ cdef class TcpLoop:
     cdef int64_t silence_ns
     cdef uint32_t stopping
     cdef int64_t looked_ns      # when confirmations and signs of life were last thought of
+    cdef int64_t awake_ns       # when it last looked at all
     cdef void** channels        # by source; `_kept` keeps them
     cdef list _kept
     cdef object on_break

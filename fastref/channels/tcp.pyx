@@ -364,7 +364,7 @@ cdef class TcpChannel(Channel):
             When the channel is connected, or closed.
         """
         cdef epoll_event event
-        cdef int wrong = 0
+        cdef int wrong = 0, again
         cdef uint64_t kept_from
         pthread_mutex_lock(&self.lock)
         kept_from = self.first.head.number if self.first != NULL else self.number + 1
@@ -382,16 +382,20 @@ cdef class TcpChannel(Channel):
             self.wants_room = self.left = self.more = self.ending = False
             self.told_received = self.told_acquired = 0
             self.heard_ns = self.spoke_ns = fr_now_ns()
+            again, self.fd = self.fd, fd
+            # SYNC: the loop's thread has all of the above. Before it can hear of the socket: an edge is told but once.
+            fr_store32_release(&self.broken, 0)
             event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
             event.data.ptr = <void*>self
             if epoll_ctl(self.loop.fd, EPOLL_CTL_ADD, fd, &event):
                 wrong = 3
+                fr_store32_release(&self.broken, 1)
+                self.fd = again
             else:
-                if self.fd >= 0:
-                    close_fd(self.fd)
+                self.reason = None
+                if again >= 0:
+                    close_fd(again)
                     self.resumed += 1
-                self.fd, self.reason = fd, None
-                fr_store32_release(&self.broken, 0)  # SYNC: the loop's thread has all of the above
                 self._flush()
         pthread_mutex_unlock(&self.lock)
         if wrong == 1:
@@ -646,6 +650,11 @@ cdef class TcpLoop:
                     longest_ms = max((<TcpChannel>channel).quiet_ns // 2 // MS_NS, 1)
         count = epoll_wait(self.fd, events, EVENTS, longest_ms)
         now = fr_now_ns()
+        if self.silence_ns and self.awake_ns and now - self.awake_ns > self.silence_ns // 2:
+            for i in range(FR_MAX_PEERS):  # this process was stopped: the silence was its own
+                if self.channels[i] != NULL:
+                    (<TcpChannel>self.channels[i]).heard_ns = now
+        self.awake_ns = now
         for i in range(count):
             channel = events[i].data.ptr
             if channel == NULL:
