@@ -71,13 +71,18 @@ def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] 
         As ``forced_transport``.
     """
     forced = forced_transport(environ)
-    if forced == "tcp":
+    if forced == "tcp" and _place(mine) == _place(theirs):
         return Way("tcp", TRANSPORT_VARIABLE)
     if mine.host != theirs.host:
         if forced == "shm":
             raise RendezvousError(sentences.forced_apart(mine, theirs))
         return Way("tcp", "another host")
     return SHM if forced is None else Way("shm", TRANSPORT_VARIABLE)
+
+
+def _place(record: WorkerRecord) -> str:
+    """Where a worker is, whether it is an island or not."""
+    return record.host.removesuffix(f":{record.instance}")
 
 
 def place_of(instance: str, environ: Mapping[str, str] = os.environ) -> str:
