@@ -144,6 +144,7 @@ class RpcBackendOptions:
         Encrypt what goes over TCP. All workers of a job do, or none.
     peer_timeout : float
         Seconds after which a worker of another host of which nothing is heard, not even a sign of life, counts as dead.
+        A connection that breaks before that is made again meanwhile.
 
     Raises
     ------

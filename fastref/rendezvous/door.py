@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import selectors
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from fastref.identity import DEFAULT_TIMEOUT_S, find_token, loopback_token, refuse_without_token
@@ -16,7 +17,7 @@ from fastref.rendezvous.addresses import LOOPBACK, Address, choose_address
 from fastref.rendezvous.launchers import all_on_this_host, restart_count
 from fastref.rendezvous.listening import Listener, TcpListener
 from fastref.rendezvous.methods import LOCAL, job_name, scheme_of, store_host
-from fastref.rendezvous.proving import Credentials, Proving, Provings, Tls
+from fastref.rendezvous.proving import Credentials, Proving, Provings, Tls, dial
 from fastref.rendezvous.stream import StreamConnection, endpoint_text
 from fastref.rendezvous.ways import forced_transport
 
@@ -54,6 +55,7 @@ class Door:
         self._listener = listener
         self._selector = selectors.EpollSelector()
         self._provings = Provings(self._selector, MAX_UNPROVED)
+        self._dialing = Provings(self._selector)
         self._proved: deque[StreamConnection] = deque()
         self._selector.register(listener.fileno(), selectors.EVENT_READ, self._greet)
 
@@ -73,6 +75,7 @@ class Door:
         """
         if not self._proved:
             self._provings.expire()
+            self._dialing.expire()
             # Those who are there before those who come, who may push them out.
             for key, _ in sorted(self._selector.select(0), key=lambda event: event[0].data == self._greet):
                 # An earlier event of this batch may have closed it, and its number may be that of another by now.
@@ -80,10 +83,37 @@ class Door:
                     key.data()
         return self._proved.popleft() if self._proved else None
 
+    def dial(
+        self, endpoint: str, proved: Callable[[StreamConnection], None], failed: Callable[[Exception], None]
+    ) -> Callable[[], None]:
+        """Go to another worker's door; one of the two is called from ``accept``, or ``failed`` at once.
+
+        Returns
+        -------
+        callable
+            Gives it up; neither of the two is called after that.
+        """
+        try:
+            proving = dial(endpoint, self.credentials, math.inf)
+        except OSError as error:  # for want of descriptors, too
+            failed(error)
+            return lambda: None
+        self._dialing.start(proving, proved, failed)
+        return lambda: self._dialing.drop(proving)
+
+    def watch(self, connection: StreamConnection, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called from ``accept`` whenever something has come over a connection, until ``unwatch``."""
+        self._selector.register(connection.fileno(), selectors.EVENT_READ, callback)
+
+    def unwatch(self, connection: StreamConnection) -> None:
+        """Undo ``watch``, before the connection is closed."""
+        self._selector.unregister(connection.fileno())
+
     def close(self) -> None:
         """Let nobody in any more, and drop those not handed on; a forked child only closes its descriptors."""
         self._listener.close()
         self._provings.close()
+        self._dialing.close()
         while self._proved:
             self._proved.popleft().close()
         self._selector.close()

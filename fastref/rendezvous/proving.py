@@ -236,6 +236,12 @@ class Provings:
         go_on = functools.partial(self._go_on, proving, proved)
         self._selector.register(proving.fileno(), proving.events, go_on)
 
+    def drop(self, proving: Proving) -> None:
+        """Have nothing called about one that is under way, and close it; nothing when it is not any more."""
+        if self._under_way.pop(proving, None) is not None:
+            self._selector.unregister(proving.fileno())
+            proving.close()
+
     def expire(self) -> None:
         """Drop those who have had their time."""
         now = time.monotonic()

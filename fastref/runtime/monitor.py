@@ -87,6 +87,7 @@ class Monitor:
         self._links: dict[int, Link] = {}
         self._ranks: dict[int, int] = {}
         self._visitors: dict[int, tuple[Connection, float]] = {}
+        self._served: dict[int, Callable[[], None]] = {}
         self._stopping = threading.Event()
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -113,6 +114,11 @@ class Monitor:
             for fd in (link.fileno(), link.pidfd):
                 self._ranks[fd] = rank
                 self._epoll.register(fd, select.EPOLLIN)
+
+    def serve(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back whenever a descriptor is readable, before ``start``; it must not be closed before ``stop``."""
+        self._served[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
 
     def forget(self, rank: int) -> None:
         """Stop watching a peer; no report about it starts after this. Idempotent."""
@@ -185,6 +191,8 @@ class Monitor:
             self._handle_visitor(fd, visitor[0])
         elif fd == self._listener_fd:
             self._greet_visitors()
+        elif fd in self._served:
+            self._served[fd]()
         # Otherwise an earlier event of this batch has ended it.
 
     def _handle_peer(self, rank: int, link: Link, fd: int) -> None:

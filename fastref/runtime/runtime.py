@@ -271,8 +271,8 @@ class Runtime(GroupKeeper):
                 membership.record, membership.members, listener, segments_for, deadline, self._door
             )
         )
-        if self._door is not None:
-            self._door.close()  # all have come
+        if self._door is not None and not self._far_links:
+            self._door.close()  # all have come, and nobody comes again
         self._wait_for_greetings(self._begin_to_serve(), deadline)
 
     def _link(self, make: Callable[[Callable[[WorkerRecord], Segments]], Mapping[int, Link | TcpLink]]) -> None:
@@ -311,9 +311,9 @@ class Runtime(GroupKeeper):
         )  # fmt: skip
         self.meet(myself)
         self.peers[self.rank].shares_main = True
-        self._abroad = abroad = Abroad(self.inbox, self.silence_s, self._gone_abroad)
         linked = [self.peer_over(link) for link in self._links.values()]
-        linked += [self._peer_abroad(link, abroad) for link in self._far_links.values()]
+        if self._far_links:
+            linked += self._go_abroad()
         for peer in linked:
             self.meet(peer)
         self._monitor = Monitor(
@@ -332,8 +332,11 @@ class Runtime(GroupKeeper):
             sys.setswitchinterval(self.options.switch_interval)
         self._before_serving(self)  # functions that peers call here may make calls of their own
         self.start_threads()
+        if self._abroad is not None:
+            self._monitor.serve(self._abroad.fileno(), self._abroad.step)
         self._monitor.start()
-        abroad.begin()
+        if self._abroad is not None:
+            self._abroad.begin()
         for peer in linked:
             self.tell(peer, Kind.GREETING, self.main_digest)
         failpoint("rendezvous.greeting")
@@ -369,6 +372,19 @@ class Runtime(GroupKeeper):
             holder, arena, theirs.bits, record.incarnation, generations, sys.intern(record.host),
         )  # fmt: skip
 
+    def _go_abroad(self) -> list[Peer]:
+        """Return the workers that are linked over TCP."""
+        assert self._door is not None
+        self._abroad = abroad = Abroad(
+            self.record, self.inbox, self._door, self.silence_s, self._gone_abroad,
+            lambda rank, body: self._on_message(rank, LINK_FAILED, body, {}), self._wake_monitor,
+        )  # fmt: skip
+        return [self._peer_abroad(link, abroad) for link in self._far_links.values()]
+
+    def _wake_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.wake()
+
     def _peer_abroad(self, link: TcpLink, abroad: Abroad) -> Peer:
         """Return the worker at the other end of a TCP connection, with which no memory is shared."""
         record = link.record
@@ -376,14 +392,14 @@ class Runtime(GroupKeeper):
         host = record.host if record.host != self.record.host else f"{record.host}:{record.instance}"
         peer = Peer(
             record.rank, WorkerInfo(record.name, record.rank), record.pid,
-            abroad.add(record.rank, link.take_socket(), record.silence_ms / 1e3), None, mirror_of(record.entries), None,
-            record.bits, record.incarnation, host=sys.intern(host),
+            abroad.add(link), None, mirror_of(record.entries), None, record.bits, record.incarnation,
+            host=sys.intern(host),
         )  # fmt: skip
         peer.way = str(link.way)
         return peer
 
     def _gone_abroad(self, rank: int, reason: str, left: bool) -> None:
-        """The connection to a worker of another host has ended."""
+        """The session with a worker of another host is over."""
         if left:
             self.peers[rank].left = True
         if not self.peers[rank].is_dead:
@@ -432,6 +448,8 @@ class Runtime(GroupKeeper):
         super().on_death(rank, reason)
 
     def on_tick(self, now_s: float) -> None:
+        if self._abroad is not None:
+            self._abroad.step()
         super().on_tick(now_s)
         if self._memory is not None:
             self._memory.files.tick(now_s)
@@ -451,7 +469,8 @@ class Runtime(GroupKeeper):
             link.close()
             self.on_death(rank, reason)
         elif self.peers[rank].is_far and self._abroad is not None and not self.peers[rank].is_dead:
-            self.on_death(rank, reason)  # closes the channel, of which nothing is said any more then
+            self._abroad.give_up(rank, reason)
+            self.on_death(rank, reason)  # closes the channel
 
     def _on_message(self, rank: int, kind: str, body: dict, descriptors: dict) -> None:
         for fd, _ in descriptors.values():

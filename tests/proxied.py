@@ -1,0 +1,282 @@
+"""Workers that are reached over TCP through a proxy of their own: what puppets are told to do, and do there."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import fastref.rpc as rpc
+from fastref.errors import PeerError
+from fastref.rendezvous import Door, WorkerRecord, visit
+from fastref.rref import current_wiring
+from tests import jobs, puppets
+from tests.pieces import (
+    ASKER,
+    DIRECTIONS,
+    LISTENER,
+    Cut,
+    Direction,
+    Piece,
+    Script,
+    Step,
+    as_it_is,
+    corrupted,
+    cut_after,
+)
+from tests.proxy import Proxy
+
+HANDSHAKE = {ASKER: (72, 40), LISTENER: (72, 40)}
+LEAVING = 1
+
+_proxies: list[Proxy] = []
+_executions: Counter[Any] = Counter()
+_kept: dict[Any, Any] = {}
+
+
+# ---- orders
+
+
+def join_behind_a_proxy(name: str, rank: int, world_size: int, job: str, options: dict[str, Any]) -> None:
+    """Join over TCP; others find this worker at the endpoint of its proxy."""
+    os.environ["FASTREF_TRANSPORT"] = "tcp"
+    plain = Door.endpoint.fget  # type: ignore[attr-defined]
+
+    def endpoint(door: Door) -> str:
+        if not _proxies:
+            _proxies.append(Proxy(plain(door), HANDSHAKE, as_it_is))
+            _proxies[0].start()
+        return _proxies[0].endpoint
+
+    Door.endpoint = property(endpoint)  # type: ignore[assignment, method-assign]
+    puppets.join_job(name, rank, world_size, job, options)
+
+
+def join_over_tcp(name: str, rank: int, world_size: int, job: str, options: dict[str, Any]) -> None:
+    """Join over TCP, without a proxy."""
+    os.environ["FASTREF_TRANSPORT"] = "tcp"
+    puppets.join_job(name, rank, world_size, job, options)
+
+
+def proxy_do(method: str, *arguments: Any) -> None:
+    """Call a method of this worker's proxy."""
+    getattr(_proxies[0], method)(*arguments)
+
+
+def use_script(make: Callable[..., Script], *arguments: Any) -> None:
+    """Have ``make(*arguments)`` decide from here on what becomes of each piece."""
+    _proxies[0].script = make(*arguments)
+
+
+def close_proxy() -> list[str]:
+    """End the proxy; what went wrong in it."""
+    for proxy in _proxies:
+        proxy.close()
+    return [repr(trouble) for proxy in _proxies for trouble in proxy.troubles]
+
+
+def resumptions() -> int:
+    """Count what went on over a new connection here."""
+    return sum(peer.get("resumed", 0) for peer in current_wiring().snapshot()["peers"].values())
+
+
+def call_in_a_row(to: str, first: int, count: int) -> None:
+    """Make calls of all sizes, check every answer."""
+    for number in range(first, first + count):
+        if number % 5 == 0:
+            size = 20_000 + number
+            answer = rpc.rpc_sync(
+                to, executed, args=((rpc.get_worker_info().name, number), torch.full((size,), number))
+            )
+            assert answer.shape == (size,) and bool((answer == number + 1).all()), number
+        else:
+            assert rpc.rpc_sync(to, executed, args=((rpc.get_worker_info().name, number), number)) == number + 1
+
+
+def call_from_many_threads(to: str, threads: int, count: int) -> None:
+    """As ``call_in_a_row``, at once."""
+    troubles: list[BaseException] = []
+
+    def call(first: int) -> None:
+        try:
+            call_in_a_row(to, first, count)
+        except BaseException as error:
+            troubles.append(error)
+
+    all_of_them = [threading.Thread(target=call, args=(1000 * number,)) for number in range(threads)]
+    for thread in all_of_them:
+        thread.start()
+    for thread in all_of_them:
+        thread.join()
+    if troubles:
+        raise troubles[0]
+
+
+def hand_references_round(owner: str, third: str, count: int) -> None:
+    """Make values at one worker, hand references to another, which hands them on, keeps some and drops them."""
+    for number in range(count):
+        rref = rpc.remote(owner, executed, args=(("made", number), number))
+        assert rpc.rpc_sync(third, keep_and_look, args=(number, rref)) == number + 1
+        if number % 3 == 0:
+            assert rref.to_here() == number + 1
+        if number >= 4:
+            rpc.rpc_sync(third, drop, args=(number - 4,))
+    for number in range(count):
+        rpc.rpc_sync(third, drop, args=(number,))
+
+
+def executions() -> Counter[Any]:
+    """Count how often each call was executed here."""
+    return _executions
+
+
+def wait_until_clean() -> None:
+    """Wait until this worker holds nothing, and nobody holds anything of it."""
+    jobs._wait_until_clean()
+
+
+def begin_call(to: str, number: int, timeout_s: float = puppets.PATIENCE_S) -> None:
+    """Make a call; ``answer`` waits for it."""
+    _kept["future"] = rpc.rpc_async(to, executed, args=(("begun", number), number), timeout=timeout_s)
+
+
+def answer() -> Any:
+    """Wait for the call that was begun."""
+    return _kept.pop("future").wait()
+
+
+def trouble_with(to: str, timeout_s: float = puppets.PATIENCE_S) -> tuple[str, str]:
+    """Call until it fails, and say how: the class of the error, and its text."""
+    deadline = time.monotonic() + puppets.PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            rpc.rpc_sync(to, os.getpid, timeout=timeout_s)
+        except PeerError as error:
+            return type(error).__name__, str(error)
+        time.sleep(0.01)
+    raise AssertionError(f"calls to {to} go through")
+
+
+def wait_for_death(of: str) -> tuple[str, float]:
+    """Wait until a worker is known to be dead: why, and when that was seen."""
+    deadline = time.monotonic() + puppets.PATIENCE_S
+    while True:
+        for peer in current_wiring().known_peers():
+            if peer.name == of and peer.is_dead:
+                return peer.death, time.monotonic()
+        assert time.monotonic() < deadline, f"{of} does not die"
+        time.sleep(0.001)
+
+
+def fork_a_child() -> int:
+    """Fork a process that does nothing, and keeps what it inherits."""
+    pid = os.fork()
+    if not pid:
+        time.sleep(puppets.PATIENCE_S)
+        os._exit(0)
+    return pid
+
+
+def visit_with(to: str, kind: str, changes: dict[str, Any], record_changes: dict[str, Any]) -> tuple[str, str]:
+    """Go to another worker's door with a message that is a bit wrong; its answer."""
+    runtime: Any = current_wiring()
+    theirs = next(link.record for link in runtime._far_links.values() if link.record.name == to)
+    mine: WorkerRecord = runtime.record
+    connection = visit(theirs.endpoint, runtime._door.credentials, time.monotonic() + puppets.PATIENCE_S)
+    body = {
+        "record": {**mine.to_fields(), **record_changes},
+        "to_instance": theirs.instance,
+        "attempt": 1,
+        "received": 0,
+        **changes,
+    }
+    connection.send_message(kind, body)
+    message = connection.wait_message(time.monotonic() + puppets.PATIENCE_S)
+    connection.close()
+    return ("", "") if message is None else (message.kind, str(message.body.get("sentence", "")))
+
+
+# ---- what workers call
+
+
+def executed(what: Any, value: Any) -> Any:
+    """Count, and return one more."""
+    _executions[what] += 1
+    return value + 1
+
+
+def keep_and_look(number: int, rref: Any) -> Any:
+    """Keep a reference, hand it on to its maker and back, and return its value."""
+    _kept[number] = rref
+    return rref.to_here()
+
+
+def drop(number: int) -> None:
+    """Let go of a reference."""
+    _kept.pop(number, None)
+
+
+# ---- scripts
+
+
+def cut_often(seed: int, least: int, most: int) -> Script:
+    """Cut at a random byte of a frame, after ``least`` to ``most`` frames each time."""
+    dice = random.Random(seed)
+    left = dice.randint(least, most)
+
+    def script(piece: Piece) -> Sequence[Step]:
+        nonlocal left
+        if piece.kind != "frame" or not piece.number:
+            return as_it_is(piece)
+        left -= 1
+        if left > 0:
+            return as_it_is(piece)
+        left = dice.randint(least, most)
+        return cut_after(piece, dice.randint(0, len(piece.data)), reset=dice.random() < 0.5)
+
+    return script
+
+
+def cut_next(direction: Direction, share: float = 0.0, towards: Sequence[Direction] = DIRECTIONS) -> Script:
+    """Cut behind a share of the bytes of the next record of one direction."""
+    done: list[bool] = []
+
+    def script(piece: Piece) -> Sequence[Step]:
+        if done or piece.direction != direction or not piece.number:
+            return as_it_is(piece)
+        done.append(True)
+        return cut_after(piece, round(share * len(piece.data)), tuple(towards))
+
+    return script
+
+
+def spoil_next(direction: Direction, at: int) -> Script:
+    """Flip the bits of a byte of the next record of one direction."""
+    done: list[bool] = []
+
+    def script(piece: Piece) -> Sequence[Step]:
+        if done or piece.direction != direction or not piece.number:
+            return as_it_is(piece)
+        done.append(True)
+        return corrupted(piece, at)
+
+    return script
+
+
+def cut_farewells() -> Script:
+    """Cut in place of the first farewell of each direction."""
+    done: set[Direction] = set()
+
+    def script(piece: Piece) -> Sequence[Step]:
+        if piece.kind != "frame" or piece.signal != LEAVING or piece.direction in done:
+            return as_it_is(piece)
+        done.add(piece.direction)
+        return [Cut()]
+
+    return script

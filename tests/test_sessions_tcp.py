@@ -1,0 +1,229 @@
+"""Workers of different hosts go on where they were when a connection breaks, and know when it was the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fastref.errors import CallTimeout
+from tests import proxied
+from tests.pieces import ASKER, DIRECTIONS
+from tests.puppets import PATIENCE_S, Puppet, Troupe, troupe_fixture  # noqa: F401
+
+Start = Callable[..., list[Puppet]]
+FAR_AWAY_S = 1000.0  # what this would have to be waited for does not happen in a test
+
+
+@pytest.fixture
+def start(troupe: Troupe) -> Iterator[Start]:
+    started: list[Puppet] = []
+
+    def start(
+        count: int = 2, peer_timeout: float = FAR_AWAY_S, join: Callable[..., None] = proxied.join_behind_a_proxy
+    ) -> list[Puppet]:
+        started.extend(troupe.hire(f"w{rank}") for rank in range(count))
+        for rank, puppet in enumerate(started):
+            puppet.order(join, puppet.name, rank, count, troupe.job, {"peer_timeout": peer_timeout})
+        for puppet in started:
+            puppet.outcome()
+        return list(started)
+
+    yield start
+    for puppet in started:
+        if puppet.process.is_alive():
+            puppet.go_on()
+            assert puppet.do(proxied.close_proxy) == []
+
+
+def assert_each_ran_once(puppet: Puppet, count: int) -> None:
+    executions = puppet.do(proxied.executions)
+    assert len(executions) == count and set(executions.values()) == {1}
+
+
+# ---- breaks
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_of_calls_goes_on_over_many_breaks(start: Start, troupe: Troupe, seed: int) -> None:
+    alice, bob = start()
+    alice.do(proxied.use_script, proxied.cut_often, seed, 5, 40)
+    bob.order(proxied.call_from_many_threads, "w0", 3, 100)
+    alice.order(proxied.call_in_a_row, "w1", 0, 100)
+    bob.outcome()
+    alice.outcome()
+    assert alice.do(proxied.resumptions) >= 5
+    assert_each_ran_once(alice, 300)
+    assert_each_ran_once(bob, 100)
+    for puppet in (alice, bob):
+        puppet.do(proxied.wait_until_clean)
+    troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_cut_anywhere_in_a_record_costs_no_call(start: Start, troupe: Troupe, direction: str) -> None:
+    alice, bob = start()
+    shares = (0.0, 0.02, 0.5, 0.98, 1.0)
+    for number, share in enumerate(shares):  # of a large record, and of a small one
+        for first in (0, 1):
+            alice.do(proxied.use_script, proxied.cut_next, direction, share)
+            bob.do(proxied.call_in_a_row, "w0", 10 * number + 5 * first + first, 2)
+    assert alice.do(proxied.resumptions) == 2 * len(shares)
+    assert_each_ran_once(alice, 4 * len(shares))
+    troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_references_are_made_handed_on_and_dropped_over_many_breaks(start: Start, troupe: Troupe, seed: int) -> None:
+    alice, bob, carol = start(3)
+    for number, puppet in enumerate((alice, bob)):
+        puppet.do(proxied.use_script, proxied.cut_often, 10 * seed + number, 3, 25)
+    carol.order(proxied.hand_references_round, "w0", "w1", 40)
+    carol.outcome()
+    assert sum(puppet.do(proxied.resumptions) for puppet in (alice, bob, carol)) >= 5
+    assert_each_ran_once(alice, 40)
+    for puppet in (alice, bob, carol):
+        puppet.do(proxied.wait_until_clean)
+    troupe.leave([alice, bob, carol])
+
+
+@pytest.mark.parametrize("told", DIRECTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_one_end_that_has_not_seen_the_break_is_told_by_the_other(
+    start: Start, troupe: Troupe, told: str, direction: str
+) -> None:
+    # Silence, by which it would see for itself, is out of the question: there are minutes to it.
+    alice, bob = start()
+    alice.do(proxied.use_script, proxied.cut_next, direction, 0.0, (told,))
+    bob.do(proxied.call_in_a_row, "w0", 0, 20)
+    alice.do(proxied.call_in_a_row, "w1", 0, 20)
+    assert alice.do(proxied.resumptions) == bob.do(proxied.resumptions) == 1
+    assert_each_ran_once(alice, 20)
+    assert_each_ran_once(bob, 20)
+    troupe.leave([alice, bob])
+
+
+def test_calls_wait_while_the_other_end_is_away_but_not_beyond_their_time(start: Start, troupe: Troupe) -> None:
+    alice, bob = start()
+    for puppet in (alice, bob):
+        puppet.do(proxied.proxy_do, "shut")
+    bob.do(proxied.begin_call, "w0", 1, 0.3)
+    with pytest.raises(CallTimeout):
+        bob.do(proxied.answer)
+    bob.do(proxied.begin_call, "w0", 2)
+    for puppet in (alice, bob):
+        puppet.do(proxied.proxy_do, "open")
+    assert bob.do(proxied.answer) == 3
+    assert set(alice.do(proxied.executions).values()) == {1}
+    troupe.leave([alice, bob])
+
+
+def test_a_farewell_that_is_cut_off_keeps_nobody(start: Start, troupe: Troupe) -> None:
+    alice, bob = start()
+    bob.do(proxied.call_in_a_row, "w0", 0, 5)
+    alice.do(proxied.use_script, proxied.cut_farewells)
+    troupe.leave([alice, bob])
+    assert [alice.end(), bob.end()] == [0, 0]
+
+
+# ---- the end
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_worker_is_noticed_because_nothing_listens_there_any_more(start: Start, killed: int) -> None:
+    puppets = start()
+    survivor = puppets[1 - killed]
+    survivor.order(proxied.wait_for_death, f"w{killed}")
+    puppets[killed].kill()
+    died_s = time.monotonic()
+    reason, seen_s = survivor.outcome()
+    assert reason.startswith("its process has ended")
+    print(f"noticed after {(seen_s - died_s) * 1e3:.1f} ms")
+    name, text = survivor.do(proxied.trouble_with, f"w{killed}")
+    assert name == "WorkerDied" and f"pid {puppets[killed].pid}" in text
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_child_of_a_killed_worker_does_not_make_it_look_alive(start: Start, killed: int) -> None:
+    puppets = start(join=proxied.join_over_tcp)  # the child has the sockets of a proxy, too
+    child = puppets[killed].do(proxied.fork_a_child)
+    try:
+        puppets[killed].kill()
+        assert puppets[1 - killed].do(proxied.wait_for_death, f"w{killed}")[0].startswith("its process has ended")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_one_that_was_stopped_for_too_long_is_dead_and_told_so_when_it_comes_back(start: Start, stopped: int) -> None:
+    puppets = start(peer_timeout=1.0)
+    other = puppets[1 - stopped]
+    puppets[stopped].stop()
+    reason, _ = other.do(proxied.wait_for_death, f"w{stopped}")
+    assert "it has been away for 1 s: nothing has come from it for 0.5 s" in reason
+    assert other.do(proxied.trouble_with, f"w{stopped}")[0] == "WorkerDied"
+    puppets[stopped].go_on()
+    name, text = puppets[stopped].do(proxied.trouble_with, f"w{1 - stopped}")
+    assert name == "WorkerDied"
+    assert re.search(rf"worker 'w{1 - stopped}' .* has given up worker 'w{stopped}' .*: it has been away for 1 s", text)
+    assert puppets[stopped].do(proxied.executions) == {}
+
+
+def test_two_between_which_there_is_no_way_give_each_other_up(start: Start) -> None:
+    alice, bob = start(peer_timeout=1.0)
+    for puppet in (alice, bob):
+        puppet.do(proxied.proxy_do, "shut")
+    for puppet, other in ((alice, "w1"), (bob, "w0")):
+        assert "it has been away for 1 s" in puppet.do(proxied.wait_for_death, other)[0]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("at", [7, 8, 16, 24, 33, 36])
+def test_nonsense_is_no_break_that_is_mended(start: Start, direction: str, at: int) -> None:
+    alice, bob = start()
+    alice.do(proxied.use_script, proxied.spoil_next, direction, at)
+    bob.do(proxied.begin_call, "w0", 1)
+    hearer, speaker = (alice, bob) if direction == ASKER else (bob, alice)
+    reason = hearer.do(proxied.wait_for_death, speaker.name)[0]
+    assert re.search(r"no frame|without a number|left out|never sent", reason)
+    told = speaker.do(proxied.wait_for_death, hearer.name)[0]
+    assert f"has given up worker '{speaker.name}'" in told and reason in told
+
+
+# ---- strangers at the door
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "record_changes", "sentence"),
+    [
+        ("session-resume", {"to_instance": "0" * 16}, {}, "wants instance 0000000000000000, this is worker 'w0'"),
+        ("session-resume", {}, {"instance": "0" * 16}, "is not one to which worker 'w0' .* is linked over TCP"),
+        ("session-resume", {}, {"rank": 7}, "is not one to which worker 'w0' .* is linked over TCP"),
+        ("session-resume", {"received": -1}, {}, "received"),
+        ("session-resume", {"attempt": "first"}, {}, "attempt"),
+        ("session-call", {}, {}, "the higher rank comes again, the lower rank calls for it"),
+        ("join-hello", {}, {}, "^closed$"),
+        ("link-hello", {}, {}, "^closed$"),
+        ("anything", {}, {}, "^closed$"),
+    ],
+)
+def test_who_has_the_token_but_no_session_here_is_refused(
+    start: Start, troupe: Troupe, kind: str, changes: dict, record_changes: dict, sentence: str
+) -> None:
+    alice, bob = start()
+    answer, text = bob.do(proxied.visit_with, "w0", kind, changes, record_changes)
+    assert answer == "refused" and re.search(sentence, text)
+    bob.do(proxied.call_in_a_row, "w0", 0, 5)
+    assert alice.do(proxied.resumptions) == 0
+    troupe.leave([alice, bob])
+
+
+def test_one_who_claims_to_have_what_was_never_sent_is_given_up(start: Start) -> None:
+    alice, bob = start()
+    bob.do(proxied.visit_with, "w0", "session-resume", {"received": 10**6}, {})
+    assert "it claims what cannot be" in alice.do(proxied.wait_for_death, "w1")[0]
+    assert "has given up worker 'w1'" in bob.do(proxied.wait_for_death, "w0")[0]
