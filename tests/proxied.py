@@ -138,7 +138,7 @@ def executions() -> Counter[Any]:
 
 def wait_until_clean() -> None:
     """Wait until this worker holds nothing, and nobody holds anything of it."""
-    jobs._wait_until_clean()
+    jobs.wait_until_clean()
 
 
 def begin_call(to: str, number: int, timeout_s: float = puppets.PATIENCE_S) -> None:

@@ -31,7 +31,6 @@ def place(troupe: Troupe, tmp_path: Path) -> tuple[str, int, Path]:
 
 NOT_OVER_TCP = {
     "no_memory_for_a_ring": pytest.mark.shared_memory("there is no ring elsewhere"),
-    "old_worker_in_a_running_job": pytest.mark.shared_memory("the port of a job that has all its workers is closed"),
 }
 
 
