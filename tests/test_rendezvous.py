@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import re
+import select
 import signal
 import socket
 import threading
@@ -20,7 +21,8 @@ import pytest
 from fastref.errors import RendezvousError, UsageError, WorkerDied
 from fastref.rendezvous import Connection, WorkerRecord, job_name, join, link_all
 from fastref.rendezvous.connection import connect
-from fastref.rendezvous.hellos import join_hello
+from fastref.rendezvous.hellos import CLOSED, join_hello, refuse
+from fastref.rendezvous.meeting import LocalMeeting
 from fastref.segments import host_identity, run_root, sweep
 from tests.workers import PATIENCE_S, Cast, Worker, worker
 
@@ -453,6 +455,19 @@ def test_a_kill_at_any_moment_leaves_typed_errors_and_nothing_else(spawn_workers
 @pytest.mark.timeout(600)
 def test_a_thousand_kills_leave_typed_errors_and_nothing_else(spawn_workers, init_method):
     kill_at_random(spawn_workers, init_method, times=1000)
+
+
+def test_a_coordinator_that_has_all_when_the_time_ends_is_named(cast, alice):
+    coordinator = dataclasses.replace(alice.record, rank=0, world_size=2)
+    LocalMeeting(alice.listener.directory).announce(coordinator)
+    cast.start("bob", 1, 2, timeout_s=1.0)
+    select.select([alice.listener.fileno()], [], [])
+    visitor = alice.listener.accept()
+    heard = [visitor.wait_message(time.monotonic() + PATIENCE_S).kind for _ in range(2)]
+    refuse(visitor, CLOSED)  # as of another start, or as it has closed meanwhile: said when bob no longer waits
+    kind, told, _ = cast.outcome(0)
+    assert heard == ["join-hello", "join-leave"] and kind is RendezvousError
+    assert told.endswith(f"{coordinator} has all its workers already") and "waited 1 s" in told
 
 
 # Strangers

@@ -15,7 +15,7 @@ from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.coordinator import RECORDS_PER_MESSAGE, RETURN_GRACE_S, Coordinator
 from fastref.rendezvous.door import Door
 from fastref.rendezvous.failure import tell_neighbours
-from fastref.rendezvous.fields import read_integer, read_list, read_text
+from fastref.rendezvous.fields import read_integer, read_list
 from fastref.rendezvous.hellos import CLOSED, join_hello, refusal_of
 from fastref.rendezvous.launchers import restart_count
 from fastref.rendezvous.listening import Listener
@@ -198,7 +198,7 @@ class _Applicant:
             for announcement in self._look():
                 coordinator = announcement.record
                 if not announcement.is_open:
-                    self._last_seen = f"coordinator {coordinator} has all its workers already"
+                    self._last_seen = self._why_closed(coordinator)
                     self._check_full(coordinator)
                     continue
                 members = self._ask(coordinator)
@@ -211,10 +211,22 @@ class _Applicant:
                 raise RendezvousError(sentences.deserted(self._job, self._lost, self._record, RETURN_GRACE_S))
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-        raise RendezvousError(
+        raise RendezvousError(self._out_of_time())
+
+    def _out_of_time(self) -> str:
+        return (
             f"worker {self._record} waited {self._timeout_s:g} s for the {self._record.world_size} workers of job "
             f"{self._job!r}: {self._last_seen}"
         )
+
+    def _why_closed(self, coordinator: WorkerRecord) -> str:
+        """Say why a coordinator takes nobody: it has all, or is that of a start of the job before this one."""
+        if coordinator.epoch < self._record.epoch:
+            return (
+                f"coordinator {coordinator} is of start {coordinator.epoch} of the job, "
+                f"this worker of start {self._record.epoch}"
+            )
+        return f"coordinator {coordinator} has all its workers already"
 
     def _look(self) -> list[Announcement]:
         """Return who coordinates, or raise what somebody who could not reach the coordinator has left."""
@@ -334,7 +346,7 @@ class _Applicant:
             if message.kind == "refused":
                 sentence = refusal_of(message)
                 if sentence == CLOSED:
-                    self._last_seen = f"coordinator {coordinator} has all its workers already"
+                    self._last_seen = self._why_closed(coordinator)
                     return None
                 raise RendezvousError(sentence)
             members += self._read_members(message, len(members), coordinator)
@@ -369,7 +381,11 @@ class _Applicant:
             connection.send_message("join-leave", {"reason": "timeout"})
             answer = connection.wait_message(time.monotonic() + _LAST_WORD_S)
             if answer is not None and answer.kind == "refused":
-                return read_text(answer.body, "sentence")
+                sentence = refusal_of(answer)
+                if sentence != CLOSED:
+                    return sentence
+                self._last_seen = self._why_closed(coordinator)  # the time ended just before it said so
+                return self._out_of_time()
         except (ConnectionError, TimeoutError, ProtocolError):
             pass  # it is gone, stopped or talks nonsense: what we know ourselves has to do
         return (
