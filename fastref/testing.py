@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from fastref._core import Holder, IdGenerator, MirrorHolder, ReferenceTable, table_sizes
+from fastref._core import Holder, IdGenerator, ReferenceTable, table_sizes
 from fastref.carriers.arena import Arena
 from fastref.carriers.borrow import PeerArena
 from fastref.channels.channel import BELL_BYTES, Inbox
@@ -37,6 +37,7 @@ from fastref.errors import ResourceError, UsageError
 from fastref.futures import Future
 from fastref.options import WorkerInfo
 from fastref.rref import RRef
+from fastref.runtime.abroad import mirror_of
 from fastref.runtime.peer import Peer
 from fastref.runtime.rules import RuleKeeper
 from fastref.segments import create_memfd, map_fd, map_private
@@ -220,29 +221,30 @@ class Network:
         return self.nodes[rank].used()
 
     def _introduce(self, node: Node, other: Node, room: int, window: int) -> None:
-        mine = node is other
-        channel = InprocChannel(other.inbox, node.rank, hold=not mine, room=room)
+        channel = InprocChannel(other.inbox, node.rank, hold=node is not other, room=room)
         self._channels[node.rank, other.rank] = channel
         if node.host is not other.host:
-            hold_bytes, descriptor_bytes = table_sizes(other.capacity)
-            mirror = MirrorHolder(mmap.mmap(-1, hold_bytes), mmap.mmap(-1, descriptor_bytes), other.capacity)
-            peer = Peer(other.rank, other.info, 0, channel, None, mirror, None, node.bits, host=other.host)
-            peer.shares_main = True
-            peer.credit_window = window
-            node.meet(peer)
-            return
+            peer = Peer(
+                other.rank, other.info, 0, channel, None, mirror_of(other.capacity), None, node.bits, host=other.host
+            )  # fmt: skip
+        else:
+            peer = self._neighbour(node, other, channel)
+        peer.shares_main = True
+        peer.credit_window = window
+        node.meet(peer)
+
+    def _neighbour(self, node: Node, other: Node, channel: InprocChannel) -> Peer:
+        """Return what one node knows of another, or of itself, with which it shares memory."""
+        mine = node is other
         bit = node.rank if node.rank < node.bits else None
         hold, descriptors = other.regions
         peers_view = memoryview(descriptors).toreadonly()  # as another process maps them
         holder = node.table.holder if mine else Holder(hold, peers_view, other.capacity, bit)
         arena = PeerArena(memoryview(other.arena_memory).toreadonly(), map_private(other.arena_fd, ARENA_BYTES), holder)
-        peer = Peer(
+        return Peer(
             other.rank, other.info, 0, channel, PeerSlots(other.slot_memory, SLOTS), holder, arena, node.bits,
             host=other.host,
         )  # fmt: skip
-        peer.shares_main = True
-        peer.credit_window = window
-        node.meet(peer)
 
 
 class Node(RuleKeeper):

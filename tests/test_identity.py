@@ -41,6 +41,7 @@ from fastref.identity import (
 from fastref.identity.handshake import MAGIC, PREFIX
 from fastref.options import RpcBackendOptions, TlsFiles
 from fastref.rpc import TensorPipeRpcBackendOptions
+from tests.threads import Other
 
 SECRET = "correct horse battery staple"
 TOKEN = Token.from_text(SECRET)
@@ -587,26 +588,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, socket
     asker, listener = socket.socketpair() if request.param == "unix" else tcp_pair()
     with asker, listener:
         yield asker, listener
-
-
-class Other(threading.Thread):
-    """Runs the other end; ``outcome`` gives what it returned or raised."""
-
-    def __init__(self, target: Callable[[], object]) -> None:
-        super().__init__()
-        self._call, self._outcome = target, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome = self._call()
-        except Exception as error:
-            self._outcome = error
-
-    @property
-    def outcome(self) -> object:
-        self.join()
-        return self._outcome
 
 
 def prove_as(sock: socket.socket, asks: bool, token: Token = TOKEN, timeout_s: float = 60.0, **changed: Any) -> None:

@@ -32,6 +32,7 @@ from fastref.identity import (
     server_context,
 )
 from fastref.options import TlsFiles
+from tests.threads import Other
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = mint()
@@ -58,26 +59,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         listener, _ = server.accept()
     with asker, listener:
         yield asker, listener
-
-
-class Other(threading.Thread):
-    """Runs the other end; ``outcome`` gives what it returned or raised."""
-
-    def __init__(self, target: Callable[[], object]) -> None:
-        super().__init__()
-        self._call, self._outcome = target, None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome = self._call()
-        except Exception as error:
-            self._outcome = error
-
-    @property
-    def outcome(self) -> Any:
-        self.join()
-        return self._outcome
 
 
 # Certificates.

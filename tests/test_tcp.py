@@ -57,7 +57,7 @@ class Pair:
 
     def attach(self, one: socket.socket, other: socket.socket) -> None:
         """Go on over two connected sockets."""
-        received = [channel.received_number for channel in self.channels]
+        received = [channel.received for channel in self.channels]
         for channel, sock, there in zip(self.channels, (one, other), reversed(received), strict=True):
             sock.setblocking(False)
             channel.attach(sock.detach(), there)
@@ -297,7 +297,7 @@ def test_what_comes_again_is_dropped_with_its_bytes() -> None:
         raw.say((MAGIC | 1, 3, 0, 0, 1, 0), data=b"x")
         step_until(raw.end.step, lambda: len(raw.end.got) == 3)
         assert raw.end.got == [(b"record", None), (b"other", b"bulk"), (b"x", None)]
-        assert not raw.end.breaks and raw.channel.received_number == 3
+        assert not raw.end.breaks and raw.channel.received == 3
 
 
 @pytest.mark.parametrize("received", [3, 2**63, 2**64 - 1])
@@ -425,7 +425,7 @@ def test_heads_of_all_kinds_deliver_only_what_is_in_order(frames: list[tuple[tup
         raw.socket.shutdown(socket.SHUT_WR)
         raw.step_until_broken()
         raw.end.step()
-        assert len(raw.end.got) == raw.channel.received_number
+        assert len(raw.end.got) == raw.channel.received
 
 
 # ---- a peer that does not read, is silent, or leaves

@@ -1,11 +1,12 @@
-"""Run something on several threads at once, and raise here what any of them raised there."""
+"""Run something on several threads at once, or on another one, and have here what came of it there."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
-__all__ = ["in_threads"]
+__all__ = ["Other", "in_threads"]
 
 
 def in_threads(count: int, body: Callable[[int], object]) -> None:
@@ -27,3 +28,23 @@ def in_threads(count: int, body: Callable[[int], object]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+class Other(threading.Thread):
+    """Runs the other end of something; ``outcome`` gives what it returned or raised."""
+
+    def __init__(self, target: Callable[[], object]) -> None:
+        super().__init__()
+        self._call, self._outcome = target, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._outcome = self._call()
+        except Exception as error:
+            self._outcome = error
+
+    @property
+    def outcome(self) -> Any:
+        self.join()
+        return self._outcome

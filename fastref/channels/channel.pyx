@@ -4,8 +4,8 @@ A channel carries records to one peer: whole, in order, each once, as long as bo
 delivery to a peer that dies, no fairness between peers, and no answer: those are the runtime's business.
 
     try_send    publishes a record, or says that there is no room; it never waits. Any thread may call it.
-    try_send_bulk   as try_send, of a record with bytes behind it, which the channel takes over when it publishes them;
-                only where no memory is shared: other channels refuse it as too large
+    try_send_bulk   as try_send, of a record that may have bytes behind it, which the channel takes over when it publishes
+                them; only where no memory is shared: other channels refuse them as too large
     acquired    how far the receiver has taken the references that records carry
     consumed    how far the receiver is done with the records' bytes
     close       later sends say so; records already published may or may not arrive
@@ -47,7 +47,7 @@ cdef class Channel:
 
     cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                Bulk* bulk) noexcept nogil:
-        return SENT_TOO_LARGE
+        return self.try_send(head, head_size, body, body_size) if bulk == NULL else SENT_TOO_LARGE
 
     cdef uint64_t acquired(self) noexcept nogil:
         return 0

@@ -185,11 +185,11 @@ cdef class TcpChannel(Channel):
         cdef iovec[2 * PIECES] pieces
         cdef msghdr message
         cdef Outgoing* record
-        cdef uint64_t skip, wanted
+        cdef uint64_t skip, left
         cdef ssize_t sent
         cdef size_t count
         while self.current != NULL and not self.broken:
-            count, wanted = 0, 0
+            count = 0
             record, skip = self.current, self.done
             while record != NULL and count + 2 <= 2 * PIECES:
                 if not skip or record != self.current:
@@ -197,7 +197,6 @@ cdef class TcpChannel(Channel):
                 if skip < sizeof(Head) + record.size:
                     pieces[count].iov_base = <char*>&record.head + skip
                     pieces[count].iov_len = sizeof(Head) + record.size - skip
-                    wanted += pieces[count].iov_len
                     count += 1
                     skip = 0
                 else:
@@ -205,7 +204,6 @@ cdef class TcpChannel(Channel):
                 if record.bulk.size > skip:
                     pieces[count].iov_base = record.bulk.start + skip
                     pieces[count].iov_len = record.bulk.size - skip
-                    wanted += pieces[count].iov_len
                     count += 1
                 record, skip = record.after, 0
             memset(&message, 0, sizeof(message))
@@ -219,13 +217,13 @@ cdef class TcpChannel(Channel):
                 return
             self.bytes_sent += sent
             self.spoke_ns = fr_now_ns()
-            wanted = sent
-            while wanted:
+            left = sent
+            while left:
                 skip = sizeof(Head) + self.current.size + self.current.bulk.size - self.done
-                if wanted < skip:
-                    self.done += wanted
+                if left < skip:
+                    self.done += left
                     break
-                wanted -= skip
+                left -= skip
                 self.current, self.done = self.current.after, 0
         if self.leaving and not self.left and not self.broken:
             if self._speak(SIGNAL_LEAVING):
@@ -335,11 +333,6 @@ cdef class TcpChannel(Channel):
     def is_quiet(self) -> bool:
         """Whether nothing waits to be sent or confirmed."""
         return self.first == NULL
-
-    @property
-    def received_number(self) -> int:
-        """The last record that came, for the peer to know what to send again."""
-        return self.received
 
     @property
     def heard_s(self) -> float:

@@ -70,7 +70,7 @@ cdef class LateChannel(Channel):
             position = entry[0]
             self.agenda.add(due_ns, lambda: self._publish(entry, record, kept))
             return position
-        position = _send(self.inner, head, head_size, body, body_size, bulk)
+        position = self.inner.try_send_bulk(head, head_size, body, body_size, bulk)
         return self._note(position)[0] if position > 0 else position
 
     cdef list _note(self, int64_t inner):
@@ -82,7 +82,7 @@ cdef class LateChannel(Channel):
 
     def _publish(self, entry: list, record: bytes, kept: Bulky | None) -> None:
         cdef const char* start = record
-        cdef int64_t position = _send(self.inner, start, len(record), NULL, 0, NULL if kept is None else &kept.bulk)
+        cdef int64_t position = self.inner.try_send_bulk(start, len(record), NULL, 0, NULL if kept is None else &kept.bulk)
         if position > 0:
             entry[1] = position
         elif position == 0:
@@ -114,10 +114,3 @@ cdef class LateChannel(Channel):
     cdef void close(self) noexcept nogil:
         self.closed = True
         self.inner.close()
-
-
-cdef int64_t _send(Channel channel, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                   Bulk* bulk) noexcept nogil:
-    if bulk == NULL:
-        return channel.try_send(head, head_size, body, body_size)
-    return channel.try_send_bulk(head, head_size, body, body_size, bulk)

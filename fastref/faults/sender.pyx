@@ -21,7 +21,7 @@ from fastref.wire.frame cimport PYTHON_CALL, PYTHON_REMOTE_CALL, RREF_FETCH_CALL
 import torch
 from torch.jit._builtins import _find_builtin
 
-from fastref.errors import PeerError, UsageError
+from fastref.errors import PeerError
 from fastref.faults.agenda import Agenda
 
 __all__ = ["FaultySender"]
@@ -42,8 +42,6 @@ cdef class FaultySender(Server):
 
     def add_peer(self, peer: Peer) -> None:
         """As ``Post.add_peer``; records to the peer may be kept back from now on."""
-        if peer.is_far:
-            raise UsageError(f"messages fail on purpose between workers of one host, and {peer.name!r} is reached over TCP")
         (<Peer>peer).channel = LateChannel((<Peer>peer).channel, self.agenda)
         super().add_peer(peer)
 

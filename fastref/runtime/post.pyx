@@ -70,28 +70,17 @@ cdef Bulky _bulky(uint64_t size):
     bulky.bulk.start = <char*>take_memory(size)
     if bulky.bulk.start == NULL:
         raise ResourceError(f"no memory for a payload of {size} bytes")
-    bulky.bulk.size, bulky.bulk.give = size, _give_memory
+    bulky.bulk.size, bulky.bulk.give = size, give_memory
     return bulky
 
 
-cdef void _give_memory(void* start, uint64_t size) noexcept nogil:
-    give_memory(start, size)
-
-
-cdef int64_t _try_send(Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                       Bulky bulky) noexcept:
-    if bulky is None:
-        return peer.channel.try_send(head, head_size, body, body_size)
-    return peer.channel.try_send_bulk(head, head_size, body, body_size, &bulky.bulk)
-
-
-cdef void* _take_memory(uint64_t size) noexcept nogil:
-    return take_memory(size)
+cdef inline Bulk* _bulk_of(Bulky bulky) noexcept:
+    return NULL if bulky is None else &bulky.bulk
 
 
 def use_warm_memory(loop: TcpLoop) -> None:
     """Have what comes along with records put into memory that is kept warm."""
-    loop.take, loop.give = _take_memory, _give_memory
+    loop.take, loop.give = take_memory, give_memory
 
 
 cdef class Post(Wiring):
@@ -284,7 +273,7 @@ cdef class Post(Wiring):
                 memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):
-                position = _try_send(peer, start, head_size, payload, size, bulky)
+                position = peer.channel.try_send_bulk(start, head_size, payload, size, _bulk_of(bulky))
             if position <= 0 and _may_wait(head.kind):
                 position = self._wait_for_room(peer, start, head_size, payload, size, bulky, deadline_ns)
             elif position < 0:
@@ -351,7 +340,7 @@ cdef class Post(Wiring):
         try:
             while peer.outgoing:
                 record, pinned, lent, bulky = peer.outgoing[0]
-                position = _try_send(peer, <const char*>(<bytes>record), len(record), NULL, 0, bulky)
+                position = peer.channel.try_send_bulk(<const char*>(<bytes>record), len(record), NULL, 0, _bulk_of(bulky))
                 if position <= 0:
                     break
                 peer.outgoing.popleft()
@@ -549,7 +538,7 @@ cdef class Post(Wiring):
         while True:
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):
-                position = _try_send(peer, head, head_size, body, body_size, bulky)
+                position = peer.channel.try_send_bulk(head, head_size, body, body_size, _bulk_of(bulky))
             if position > 0:
                 return position
             if position < 0 or fr_load32_acquire(&peer.died):

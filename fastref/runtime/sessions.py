@@ -191,7 +191,7 @@ class Sessions:
             "record": self._record.to_fields(),
             "to_instance": self._records[rank].instance,
             "attempt": attempt,
-            "received": self._channels[rank].received_number,
+            "received": self._channels[rank].received,
         }
         if self._say(connection, RESUME if self._sessions[rank].asks else CALL, body):
             self._watch(errand, functools.partial(self._hear_answer, errand))
@@ -283,7 +283,7 @@ class Sessions:
     def _accept(self, rank: int) -> None:
         """Answer the worker that has come, and go on over its connection."""
         errand = self._arrived.pop(rank)
-        if self._say(errand.connection, RESUMED, {"received": self._channels[rank].received_number}):
+        if self._say(errand.connection, RESUMED, {"received": self._channels[rank].received}):
             self._drop_dial(rank)
             self._go_on(rank, errand.connection, errand.received)
         else:
