@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from fastref.bench.caller import worker_name
 from fastref.bench.contract import Backend
@@ -15,7 +15,7 @@ from fastref.bench.floors import LineBackend, MemoryBackend, PipeBackend
 from fastref.bench.objects import ObjectCaller, RpcPeer
 from fastref.bench.peers import PEERS
 from fastref.bench.tensors import TensorCaller
-from fastref.bench.wires import WIRES
+from fastref.bench.wires import WIRE_ROWS, WIRES, WireCaller, free_port
 from fastref.errors import FastrefError
 
 __all__ = ["BACKENDS", "RpcBackend"]
@@ -49,6 +49,7 @@ class RpcBackend:
     offers = _OFFERED_BY_CALLER
     observed = True
     optional = False
+    settings: dict[str, Any] = {}  # further options
 
     def __init__(self, name: str, module: str, options: str, *, import_counts: bool) -> None:
         self.name = name
@@ -61,19 +62,16 @@ class RpcBackend:
 
     @contextmanager
     def address(self) -> Iterator[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        yield f"tcp://127.0.0.1:{port}"
+        yield f"tcp://127.0.0.1:{free_port()}"
 
     def load(self) -> None:
         self._rpc = importlib.import_module(self._module_name)
 
-    def join(self, rank: int, world_size: int, address: str) -> RpcCaller:
+    def join(self, rank: int, world_size: int, address: str) -> RpcCaller | WireCaller:
         rpc = self._loaded()
-        options = getattr(rpc, self._options)(init_method=address)
+        options = getattr(rpc, self._options)(init_method=address, **self.settings)
         rpc.init_rpc(worker_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)
-        return RpcCaller(rpc)
+        return self.caller(rpc)
 
     def leave(self) -> None:
         self._loaded().shutdown()
@@ -83,6 +81,10 @@ class RpcBackend:
             raise FastrefError(f"backend {self.name!r} was used before load()")
         return self._rpc
 
+    def caller(self, rpc: ModuleType) -> RpcCaller | WireCaller:
+        """Return what measures, over the module that has joined."""
+        return RpcCaller(rpc)
+
 
 class LocalRpcBackend(RpcBackend):
     """The same, meeting without a port, as programs on one host do."""
@@ -90,6 +92,34 @@ class LocalRpcBackend(RpcBackend):
     @contextmanager
     def address(self) -> Iterator[str]:
         yield f"local://bench-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+class RpcOverTcp(RpcBackend):
+    """The same, its workers kept from sharing memory.
+
+    Parameters
+    ----------
+    name, module
+        As for ``RpcBackend``.
+    settings : dict
+        Of its ``TensorPipeRpcBackendOptions``.
+    environment : dict
+        Of its workers.
+    """
+
+    offers = WIRE_ROWS
+    observed = False
+
+    def __init__(self, name: str, module: str, settings: dict[str, Any], environment: dict[str, str]) -> None:
+        super().__init__(name, module, "TensorPipeRpcBackendOptions", import_counts=False)
+        self.settings, self._environment = settings, environment
+
+    def join(self, rank: int, world_size: int, address: str) -> RpcCaller | WireCaller:
+        os.environ.update(self._environment)
+        return super().join(rank, world_size, address)
+
+    def caller(self, rpc: ModuleType) -> WireCaller:
+        return WireCaller(RpcPeer(rpc))
 
 
 BACKENDS: dict[str, Backend] = {
@@ -101,6 +131,8 @@ BACKENDS: dict[str, Backend] = {
         PipeBackend(),
         LineBackend(),
         MemoryBackend(),
+        RpcOverTcp("torch_tcp", "torch.distributed.rpc", {"_transports": ["uv"], "_channels": ["basic"]}, {}),
+        RpcOverTcp("fastref_tcp", "fastref.rpc", {}, {"FASTREF_TRANSPORT": "tcp"}),
         *WIRES,
     )
 }

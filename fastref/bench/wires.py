@@ -1,28 +1,31 @@
-"""What goes between hosts, on one: torch and fastref held to TCP, ZeroMQ over TCP, and plain sockets as the floor."""
+"""What goes between hosts, on one: the rows of what is held to TCP, ZeroMQ over it, and plain sockets as the floor."""
 
 from __future__ import annotations
 
-import importlib
-import os
 import socket
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from fastref.bench.caller import worker_name
 from fastref.bench.contract import Backend
-from fastref.bench.objects import ObjectCaller, RpcPeer
+from fastref.bench.objects import ObjectCaller
 from fastref.bench.peers.base import PeerBackend, wait_for_servers
 from fastref.bench.peers.bytesfloor import TOUCH, BytesFloor, Server
 from fastref.bench.peers.zeromq import ZeroMqFloor
 from fastref.bench.timing import Effort, Summary
-from fastref.errors import FastrefError
 
-__all__ = ["WIRES"]
+__all__ = ["WIRES", "WIRE_ROWS", "WireCaller", "free_port"]
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 class WireCaller(ObjectCaller):
@@ -56,58 +59,6 @@ class WireCaller(ObjectCaller):
 WIRE_ROWS = frozenset(name for name in vars(WireCaller) if name.startswith("wire_"))
 
 
-class RpcOverTcp:
-    """A module with the names of ``torch.distributed.rpc``, its workers kept from sharing memory.
-
-    Parameters
-    ----------
-    name : str
-        How the backend is called in tables.
-    module : str
-        The module.
-    options : dict
-        Of its ``TensorPipeRpcBackendOptions``.
-    environment : dict
-        Of its workers.
-    """
-
-    world_size = 3
-    offers = WIRE_ROWS
-    observed = False
-    import_counts = False
-    optional = False
-
-    def __init__(self, name: str, module: str, options: dict[str, Any], environment: dict[str, str]) -> None:
-        self.name = name
-        self._module_name, self._options, self._environment = module, options, environment
-        self._rpc: ModuleType | None = None
-
-    def missing(self) -> str | None:
-        return None
-
-    @contextmanager
-    def address(self) -> Iterator[str]:
-        yield f"tcp://127.0.0.1:{_free_port()}"
-
-    def load(self) -> None:
-        self._rpc = importlib.import_module(self._module_name)
-
-    def join(self, rank: int, world_size: int, address: str) -> WireCaller:
-        rpc = self._loaded()
-        os.environ.update(self._environment)
-        options = rpc.TensorPipeRpcBackendOptions(init_method=address, **self._options)
-        rpc.init_rpc(worker_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)
-        return WireCaller(RpcPeer(rpc))
-
-    def leave(self) -> None:
-        self._loaded().shutdown()
-
-    def _loaded(self) -> ModuleType:
-        if self._rpc is None:
-            raise FastrefError(f"backend {self.name!r} was used before load()")
-        return self._rpc
-
-
 class _OverTcp(PeerBackend):
     """Worker 1 serves at a port of the loopback."""
 
@@ -118,7 +69,7 @@ class _OverTcp(PeerBackend):
     @contextmanager
     def address(self) -> Iterator[str]:
         with super().address() as directory:
-            Path(directory, "port").write_text(str(_free_port()))
+            Path(directory, "port").write_text(str(free_port()))
             yield directory
 
     def join(self, rank: int, world_size: int, address: str) -> Any:
@@ -209,20 +160,8 @@ def _serve_sockets(listener: socket.socket) -> None:
         wire.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def _port(address: str) -> int:
     return int(Path(address, "port").read_text())
 
 
-WIRES: list[Backend] = [
-    RpcOverTcp("torch_tcp", "torch.distributed.rpc", {"_transports": ["uv"], "_channels": ["basic"]}, {}),
-    RpcOverTcp("fastref_tcp", "fastref.rpc", {}, {"FASTREF_TRANSPORT": "tcp"}),
-    ZeroMqOverTcp(),
-    SocketFloor(),
-]
+WIRES: list[Backend] = [ZeroMqOverTcp(), SocketFloor()]
