@@ -4,6 +4,11 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastref._core cimport pthread_mutex_t
 
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
 
 cdef extern from "fr_ring.h" nogil:
     struct fr_ring:
@@ -68,18 +73,23 @@ ctypedef void (*Give)(void* start, uint64_t size) noexcept nogil
 
 
 cdef struct Bulk:               # what goes along with a record where no memory is shared
-    char* start                 # NULL: nothing
+    char* start                 # NULL: nothing, or pieces that the sender lends
     uint64_t size
     Give give                   # who has it last calls this
+    iovec* pieces
+    size_t piece_count
 
 
 cdef class Channel:
     cdef readonly uint64_t largest
     cdef readonly bint closed
+    cdef readonly bint borrowing        # it can read what goes along with a record from where it lies
 
     cdef int64_t try_send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size) noexcept nogil
     cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                Bulk* bulk) noexcept nogil
+    cdef bint borrows(self, int64_t position) noexcept nogil
+    cdef void give_back(self, int64_t position, Bulk* instead) noexcept nogil
     cdef uint64_t acquired(self) noexcept nogil
     cdef uint64_t consumed(self) noexcept nogil
     cdef void close(self) noexcept nogil

@@ -5,7 +5,11 @@ delivery to a peer that dies, no fairness between peers, and no answer: those ar
 
     try_send    publishes a record, or says that there is no room; it never waits. Any thread may call it.
     try_send_bulk   as try_send, of a record that may have bytes behind it, which the channel takes over when it publishes
-                them; only where no memory is shared: other channels refuse them as too large
+                them; only where no memory is shared: other channels refuse them as too large. A channel that is
+                ``borrowing`` can also have them lent, in pieces, and reads them until the receiver has them or others
+                are given in their place
+    borrows     whether the bytes of a record are read from where they were lent
+    give_back   have others like them read from here on, which the channel takes over
     acquired    how far the receiver has taken the references that records carry
     consumed    how far the receiver is done with the records' bytes
     close       later sends say so; records already published may or may not arrive
@@ -48,6 +52,12 @@ cdef class Channel:
     cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                Bulk* bulk) noexcept nogil:
         return self.try_send(head, head_size, body, body_size) if bulk == NULL else SENT_TOO_LARGE
+
+    cdef bint borrows(self, int64_t position) noexcept nogil:
+        return False
+
+    cdef void give_back(self, int64_t position, Bulk* instead) noexcept nogil:
+        pass
 
     cdef uint64_t acquired(self) noexcept nogil:
         return 0

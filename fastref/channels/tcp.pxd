@@ -19,6 +19,7 @@ cdef struct Head:               # in front of each record on the stream; little-
 
 cdef struct Outgoing:           # a record that the peer has not confirmed
     Outgoing* after
+    Outgoing* next_borrowed
     uint64_t size               # bytes of `data`
     Bulk bulk
     Head head                   # followed by the record
@@ -35,10 +36,12 @@ cdef class TcpChannel(Channel):
     cdef Outgoing* first        # the oldest that is not confirmed
     cdef Outgoing* last
     cdef Outgoing* current      # the next to be sent, or partly sent
+    cdef Outgoing* borrowed     # the oldest whose bulk lies where it was lent; in order
     cdef uint64_t done          # bytes of it that were sent
     cdef uint64_t number        # of the last record
     cdef uint64_t kept          # bytes of records that are not confirmed
     cdef uint64_t acquired_there
+    cdef uint64_t confirmed_there       # of our records
     cdef uint64_t told_received, told_acquired  # what the peer was told last
     cdef uint64_t owed_bytes    # of bulk that came since
     cdef bint wants_room        # the socket was full: the loop goes on when there is room
@@ -56,6 +59,7 @@ cdef class TcpChannel(Channel):
     cdef bint more              # than was read at once
     cdef bint ending            # behind what is there
     cdef char* buffer
+    cdef uint64_t ahead         # most bytes to read at once
     cdef uint64_t start, end    # of what was read and not dealt with
     cdef Bulk bulk              # that is being filled
     cdef uint64_t filled
@@ -64,6 +68,9 @@ cdef class TcpChannel(Channel):
     cdef int64_t _queue(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                         Bulk* bulk) noexcept nogil
     cdef void _flush(self) noexcept nogil
+    cdef bint _borrow(self, Outgoing* record) noexcept nogil
+    cdef Outgoing** _borrowed_at(self, int64_t position) noexcept nogil
+    cdef void _want_room(self, bint wanted) noexcept nogil
     cdef void _fill_head(self, Head* head) noexcept nogil
     cdef bint _confirmed(self, uint64_t received) noexcept nogil
     cdef void _drop_first(self) noexcept nogil

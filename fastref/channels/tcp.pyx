@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memmove, memset, strerror
 from fastref._core cimport (FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_relaxed, fr_load32_acquire, fr_load_acquire,
                             fr_now_ns, fr_store32_relaxed, fr_store32_release, fr_store_release, pthread_mutex_destroy,
                             pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
-from fastref.channels.channel cimport FR_MAX_PEERS, SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE, Bulk, Channel, Give, Inbox
+from fastref.channels.channel cimport FR_MAX_PEERS, SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE, Bulk, Channel, Give, Inbox, iovec
 
 from fastref.errors import ProtocolError, ResourceError, UsageError
 
@@ -32,7 +32,7 @@ cdef extern from "sys/epoll.h" nogil:
     struct epoll_event:
         uint32_t events
         epoll_data_t data
-    int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+    int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
     int epoll_create1(int)
     int epoll_ctl(int, int, int, epoll_event*)
     int epoll_wait(int, epoll_event*, int, int)
@@ -40,11 +40,6 @@ cdef extern from "sys/epoll.h" nogil:
 cdef extern from "sys/eventfd.h" nogil:
     int EFD_CLOEXEC, EFD_NONBLOCK
     int eventfd(unsigned, int)
-
-cdef extern from "sys/uio.h" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
 
 cdef extern from "sys/socket.h" nogil:
     struct msghdr:
@@ -69,11 +64,12 @@ cdef enum:
     LARGEST = 65536             # bytes of a record without its bulk
     BUFFER = 262144             # bytes read at once; at least one record with its head
     READS = 16                  # of that size, before another channel has its turn
-    PIECES = 64                 # records in one system call
+    BULK_AHEAD = 4096           # bytes read at once behind a record with a bulk: another such one may follow
+    PIECES = 128                # in one system call
     EVENTS = 64
     SIGNAL_NONE = 0
     SIGNAL_LEAVING = 1          # nothing follows: the process leaves
-    CONFIRM_BYTES = 262144      # received and not confirmed, when a confirmation is sent of its own
+    CONFIRM_BYTES = 8388608     # received and not confirmed, when a confirmation is sent of its own
     CONFIRM_RECORDS = 256
     TICK_MS = 20                # while confirmations are owed
     TICK_NS = 10000000
@@ -108,12 +104,12 @@ cdef class TcpChannel(Channel):
         self.room_bytes = room_bytes
         self.quiet_ns = min(loop.silence_ns or NEVER_NS, <int64_t>(silence_s * 1e9) or NEVER_NS) // 3
         self.loop, self.inbox, self.source = loop, loop.inbox, source
-        self.largest = LARGEST
+        self.largest, self.borrowing = LARGEST, True
         self.fd = -1
         self.broken = 1
         self.reason = "it is not connected yet"
         pthread_mutex_init(&self.lock, NULL)
-        self.buffer = <char*>malloc(BUFFER)
+        self.buffer, self.ahead = <char*>malloc(BUFFER), BUFFER
         if self.buffer == NULL:
             raise MemoryError()
         loop.inbox.add_queue(source)  # checks the number
@@ -160,10 +156,13 @@ cdef class TcpChannel(Channel):
             return SENT_FULL
         memset(record, 0, sizeof(Outgoing))
         record.size = size
-        self.number += 1
         if bulk != NULL:
             record.bulk = bulk[0]
+            if bulk.start == NULL and not self._borrow(record):
+                free(record)
+                return SENT_FULL
             bulk.start = NULL
+        self.number += 1
         record.head.number, record.head.record = self.number, size
         record.head.size = MAGIC | (size + record.bulk.size)
         memcpy(record.data, head, head_size)
@@ -182,7 +181,7 @@ cdef class TcpChannel(Channel):
 
     cdef void _flush(self) noexcept nogil:
         """Send what is queued, as far as there is room. Under the lock."""
-        cdef iovec[2 * PIECES] pieces
+        cdef iovec[PIECES] pieces
         cdef msghdr message
         cdef Outgoing* record
         cdef uint64_t skip, left
@@ -191,20 +190,10 @@ cdef class TcpChannel(Channel):
         while self.current != NULL and not self.broken:
             count = 0
             record, skip = self.current, self.done
-            while record != NULL and count + 2 <= 2 * PIECES:
+            while record != NULL and count < PIECES:
                 if not skip or record != self.current:
                     self._fill_head(&record.head)
-                if skip < sizeof(Head) + record.size:
-                    pieces[count].iov_base = <char*>&record.head + skip
-                    pieces[count].iov_len = sizeof(Head) + record.size - skip
-                    count += 1
-                    skip = 0
-                else:
-                    skip -= sizeof(Head) + record.size
-                if record.bulk.size > skip:
-                    pieces[count].iov_base = record.bulk.start + skip
-                    pieces[count].iov_len = record.bulk.size - skip
-                    count += 1
+                count = _add_pieces(record, skip, pieces, count)
                 record, skip = record.after, 0
             memset(&message, 0, sizeof(message))
             message.msg_iov, message.msg_iovlen = pieces, count
@@ -213,7 +202,7 @@ cdef class TcpChannel(Channel):
                 if errno == EINTR:
                     continue
                 # Full: the loop hears of room. Broken: the loop hears of that too, and says so.
-                self.wants_room = True
+                self._want_room(True)
                 return
             self.bytes_sent += sent
             self.spoke_ns = fr_now_ns()
@@ -230,7 +219,15 @@ cdef class TcpChannel(Channel):
                 self.left = True
                 shutdown(self.fd, SHUT_WR)
             else:
-                self.wants_room = True
+                self._want_room(True)
+
+    cdef void _want_room(self, bint wanted) noexcept nogil:
+        """Have the loop go on when the socket has room, or not any more. Under the lock."""
+        cdef epoll_event event
+        if self.wants_room != wanted and not self.broken:
+            self.wants_room = wanted
+            event.events, event.data.ptr = EVENTS_OF | (EPOLLOUT if wanted else 0), <void*>self
+            epoll_ctl(self.loop.fd, EPOLL_CTL_MOD, self.fd, &event)
 
     cdef void _fill_head(self, Head* head) noexcept nogil:
         """Confirm what has come, as of now."""
@@ -278,7 +275,53 @@ cdef class TcpChannel(Channel):
         self.kept -= sizeof(Outgoing) + record.size + record.bulk.size
         if record.bulk.start != NULL:
             record.bulk.give(record.bulk.start, record.bulk.size)
+        elif record == self.borrowed:
+            self.borrowed = record.next_borrowed
+            free(record.bulk.pieces)
         free(record)
+
+    # ---- bytes that are lent; they are written by nobody meanwhile, or whoever writes them may be heard
+
+    cdef bint _borrow(self, Outgoing* record) noexcept nogil:
+        """Note where the bytes behind a new record lie."""
+        cdef size_t size = record.bulk.piece_count * sizeof(iovec)
+        cdef iovec* pieces = <iovec*>malloc(size)
+        cdef Outgoing** at = &self.borrowed
+        if pieces == NULL:
+            return False
+        memcpy(pieces, record.bulk.pieces, size)
+        record.bulk.pieces = pieces
+        while at[0] != NULL:
+            at = &at[0].next_borrowed
+        at[0] = record
+        return True
+
+    cdef Outgoing** _borrowed_at(self, int64_t position) noexcept nogil:
+        cdef Outgoing** at = &self.borrowed
+        while at[0] != NULL and at[0].head.number != <uint64_t>position:
+            at = &at[0].next_borrowed
+        return at
+
+    cdef bint borrows(self, int64_t position) noexcept nogil:
+        cdef bint found
+        pthread_mutex_lock(&self.lock)
+        found = self._borrowed_at(position)[0] != NULL
+        pthread_mutex_unlock(&self.lock)
+        return found
+
+    cdef void give_back(self, int64_t position, Bulk* instead) noexcept nogil:
+        """Read the bytes of a record from ``instead``, which is taken over, if they are still needed."""
+        cdef Outgoing** at
+        cdef Outgoing* record
+        pthread_mutex_lock(&self.lock)
+        at = self._borrowed_at(position)
+        record = at[0]
+        if record != NULL:
+            at[0] = record.next_borrowed
+            free(record.bulk.pieces)
+            record.bulk = instead[0]
+            instead.start = NULL
+        pthread_mutex_unlock(&self.lock)
 
     cdef uint64_t acquired(self) noexcept nogil:
         return fr_load_acquire(&self.acquired_there)
@@ -378,8 +421,7 @@ cdef class TcpChannel(Channel):
             again, self.fd = self.fd, fd
             # SYNC: the loop's thread has all of the above. Before it can hear of the socket: an edge is told but once.
             fr_store32_release(&self.broken, 0)
-            event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
-            event.data.ptr = <void*>self
+            event.events, event.data.ptr = EVENTS_OF, <void*>self
             if epoll_ctl(self.loop.fd, EPOLL_CTL_ADD, fd, &event):
                 wrong = 3
                 fr_store32_release(&self.broken, 1)
@@ -426,7 +468,7 @@ cdef class TcpChannel(Channel):
                     memmove(self.buffer, self.buffer + self.start, self.end - self.start)
                     self.start, self.end = 0, self.end - self.start
                 whole = True
-                asked = BUFFER - self.end
+                asked = min(self.ahead, BUFFER - self.end)
                 got = recv(self.fd, self.buffer + self.end, asked, MSG_DONTWAIT)
             if got == 0:
                 return b"the connection was closed"
@@ -471,10 +513,14 @@ cdef class TcpChannel(Channel):
                 return NULL
             if head.number > self.received + 1:
                 return b"it left out records"
-            pthread_mutex_lock(&self.lock)
-            known = self._confirmed(head.received)
-            pthread_mutex_unlock(&self.lock)
-            if not known or head.acquired > head.received:
+            if head.received != self.confirmed_there:  # who sends much has the lock for long
+                pthread_mutex_lock(&self.lock)
+                known = self._confirmed(head.received)
+                pthread_mutex_unlock(&self.lock)
+                if not known:
+                    return b"it confirmed what was never sent"
+                self.confirmed_there = head.received
+            if head.acquired > head.received:
                 return b"it confirmed what was never sent"
             if head.acquired > self.acquired_there:
                 fr_store_release(&self.acquired_there, head.acquired)  # SYNC: its pins are looked at after this
@@ -510,6 +556,7 @@ cdef class TcpChannel(Channel):
         """Put a record into the inbox. With its bulk it lies in front of the buffer; one that came before is dropped."""
         cdef bint stored = True
         cdef bint with_bulk = record == NULL
+        self.ahead = BULK_AHEAD if with_bulk else BUFFER
         if with_bulk:
             record = self.buffer + self.start + sizeof(Head)
         if self.head.number > self.received:
@@ -678,7 +725,7 @@ cdef class TcpLoop:
             return False
         if what & EPOLLOUT:
             pthread_mutex_lock(&(<TcpChannel>channel).lock)
-            (<TcpChannel>channel).wants_room = False
+            (<TcpChannel>channel)._want_room(False)
             (<TcpChannel>channel)._flush()
             pthread_mutex_unlock(&(<TcpChannel>channel).lock)
         if what & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):  # the end is behind what is there: there will be no other edge
@@ -712,7 +759,27 @@ cdef class TcpLoop:
         return 0
 
 
+cdef uint32_t EVENTS_OF = EPOLLIN | EPOLLRDHUP | EPOLLET
 cdef const char* SILENT = b"silence"
+
+
+cdef size_t _add_pieces(Outgoing* record, uint64_t skip, iovec* pieces, size_t count) noexcept nogil:
+    """Add what follows ``skip`` bytes of a record to what is sent, as far as there is room; returns how many there are."""
+    count = _add_piece(<char*>&record.head, sizeof(Head) + record.size, &skip, pieces, count)
+    if record.bulk.start != NULL:
+        return _add_piece(record.bulk.start, record.bulk.size, &skip, pieces, count)
+    for i in range(record.bulk.piece_count):
+        count = _add_piece(<char*>record.bulk.pieces[i].iov_base, record.bulk.pieces[i].iov_len, &skip, pieces, count)
+    return count
+
+
+cdef inline size_t _add_piece(char* start, uint64_t size, uint64_t* skip, iovec* pieces, size_t count) noexcept nogil:
+    if skip[0] >= size:
+        skip[0] -= size
+    elif count < PIECES:
+        pieces[count].iov_base, pieces[count].iov_len = start + skip[0], size - skip[0]
+        count, skip[0] = count + 1, 0
+    return count
 
 
 cdef void* _take(uint64_t size) noexcept nogil:

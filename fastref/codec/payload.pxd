@@ -2,6 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from fastref.channels.channel cimport iovec
 from fastref.carriers.borrow cimport Lease, PeerArena, Place
 
 
@@ -52,6 +53,7 @@ cdef class Encoder:
     cdef bint is_apart(self, const char* start, uint64_t size) except -1
     cdef bint first_meeting(self, object value) noexcept
     cdef uint64_t total(self) noexcept nogil
+    cdef size_t pieces(self, iovec* pieces, size_t room) noexcept nogil
     cdef void copy_to(self, char* target) noexcept nogil
 
 

@@ -103,6 +103,25 @@ cdef class Encoder:
         """Bytes of the whole payload."""
         return self.size + self.segment_bytes
 
+    cdef size_t pieces(self, iovec* pieces, size_t room) noexcept nogil:
+        """Say where the payload lies, piece by piece, until something is appended; 0: it has to be copied together."""
+        cdef uint64_t done = 0, end
+        cdef size_t count = 0
+        cdef unsigned i
+        if 2 * self.segment_count + 1 > room:
+            return 0
+        for i in range(self.segment_count + 1):
+            end = self.segments[i].position if i < self.segment_count else self.size
+            if end > done:
+                pieces[count].iov_base, pieces[count].iov_len = self.data + done, end - done
+                count, done = count + 1, end
+            if i < self.segment_count and self.segments[i].size:
+                if self.segments[i].plan != NULL:
+                    return 0
+                pieces[count].iov_base, pieces[count].iov_len = <void*>self.segments[i].start, self.segments[i].size
+                count += 1
+        return count
+
     cdef void copy_to(self, char* target) noexcept nogil:
         """Write the payload to its destination, ``total()`` bytes."""
         cdef uint64_t done = 0

@@ -67,13 +67,13 @@ cdef class FaultySender(Server):
             self.origins[head.call] = "SCRIPT" if _is_script(func) else "PYTHON"
         return 0
 
-    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1:
+    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns, bint lends=False) except -1:
         cdef LateChannel channel = <LateChannel>peer.channel
         cdef uint64_t call = head.call
         cdef int64_t position
         cdef str name = self._name_of(head, body)
         if name is None or peer.is_dead:
-            return Server.post(self, peer, head, body, deadline_ns)
+            return Server.post(self, peer, head, body, deadline_ns, lends)
         if self.plan.may_fail(name) and self.plan.fails(name, _content(peer, head, body)):
             text = f"RPCErr:2:Send attempt failed intentionally for {name} to worker {peer.info.name!r}"
             if head.kind == PYTHON_REMOTE_CALL:
@@ -81,10 +81,10 @@ cdef class FaultySender(Server):
             raise PeerError(text, peer.info.name)
         delay_s = self.plan.delay_s(name)
         if not delay_s:
-            return Server.post(self, peer, head, body, deadline_ns)
+            return Server.post(self, peer, head, body, deadline_ns, lends)
         channel.keep_back(call, delay_s)
         try:
-            position = Server.post(self, peer, head, body, deadline_ns)
+            position = Server.post(self, peer, head, body, deadline_ns, lends)
         finally:
             channel.forget(call)
         self.look_sooner()

@@ -46,6 +46,7 @@ cdef class Caller(Publisher):
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef object call_async(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef object exchange(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
+    cdef object _await_slot(self, Peer peer, int slot, fr_frame* head, int64_t deadline_ns, double timeout_s, object what)
     cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what)
     cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1
     cdef Pending pend(self, Peer peer, fr_frame* head, double timeout_s, object future, object what)

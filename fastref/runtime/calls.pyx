@@ -229,19 +229,29 @@ cdef class Caller(Publisher):
 
     cdef object exchange(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what):
         """Send a frame and wait for its answer in a response slot."""
-        cdef int slot, status
-        cdef uint64_t call = head.call
+        cdef int slot
         cdef int64_t deadline_ns = self.deadline(timeout_s)
-        slot = self.slots.begin(call, &peer.died)
+        cdef int64_t position
+        slot = self.slots.begin(head.call, &peer.died)
         if slot < 0:
             return self.exchange_pending(peer, head, body, timeout_s, what)
         head.slot, head.deadline_ns = slot, deadline_ns
         try:
-            self.post(peer, head, body, deadline_ns)
+            position = self.post(peer, head, body, deadline_ns, True)
         except BaseException:
             self.slots.give_up(slot, True)
             raise
-        self.encoder_done(body)
+        if not peer.is_far or not peer.channel.borrows(position):
+            self.encoder_done(body)
+            return self._await_slot(peer, slot, head, deadline_ns, timeout_s, what)
+        try:
+            return self._await_slot(peer, slot, head, deadline_ns, timeout_s, what)
+        finally:
+            self.take_back(peer, position, body)
+            self.encoder_done(body)
+
+    cdef object _await_slot(self, Peer peer, int slot, fr_frame* head, int64_t deadline_ns, double timeout_s, object what):
+        cdef int status
         if peer.cpu == fr_cpu():  # it runs when we sleep; if it has preempted us already, the answer is there
             status = self.slots.look(slot)
         elif peer.rank != self.rank and self.slots.wait_briefly(slot):
@@ -251,7 +261,7 @@ cdef class Caller(Publisher):
                 status = self.slots.wait(slot, deadline_ns, 0)
         if status != WAIT_DONE:
             self._wait_longer(peer, slot, deadline_ns, timeout_s, what)
-        return self.read_slot(peer, slot, call, ~head.callable)
+        return self.read_slot(peer, slot, head.call, ~head.callable)
 
     cdef int _wait_longer(self, Peer peer, int slot, int64_t deadline_ns, double timeout_s, object what) except -1:
         """Spinning brought nothing: sleep until the answer is in the slot. Else the slot is given up, and this raises."""

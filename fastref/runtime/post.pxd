@@ -66,14 +66,15 @@ cdef class Post(Wiring):
     cdef int64_t deadline(self, double timeout_s) noexcept
     cdef Peer peer_of(self, object to)
     cdef Peer owner_of(self, RRef rref)
-    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1
+    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns, bint lends=*) except -1
+    cdef int take_back(self, Peer peer, int64_t position, Encoder body) except -1
     cdef int _sent(self, Peer peer, int64_t position, list pinned, int64_t lent) except -1
     cdef bint flush(self, Peer peer) except -1
     cdef object _cannot_send(self, Peer peer, int64_t why, uint64_t size)
     cdef bint lend(self, Peer peer, Encoder body, uint64_t size, fr_block* block) except -1
     cdef uint64_t lend_to_all(self, uint64_t size) except? 0xFFFFFFFFFFFFFFFF
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                                Bulky bulky, int64_t deadline_ns) except -1
+                                Bulk* along, int64_t deadline_ns) except -1
     cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
     cdef int _pin_forwarded(self, list forwarded, list pinned) except -1

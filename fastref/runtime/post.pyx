@@ -9,7 +9,7 @@ from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_re
 from fastref.carriers.arena cimport FR_ARENA_PAGE
 from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease, PeerArena, Place
 from fastref.carriers.warm cimport give_memory, take_memory
-from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE, Bulk
+from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE, Bulk, iovec
 from fastref.channels.tcp cimport TcpLoop
 from fastref.codec.payload cimport Decoder, Encoder
 from fastref.codec.stream cimport decode_value, encode_value
@@ -47,6 +47,8 @@ cdef extern from "Python.h":
 cdef enum:
     INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
     COPIED_WARM_FROM = 65536  # smaller ones the allocator keeps warm by itself
+    LENT_FROM = 16384       # smaller payloads are copied before they are sent: that is cheaper than to keep book
+    MOST_PIECES = 64        # and those in more pieces
     HEAD_ROOM = 1024        # header and references that fit on the stack
     FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
 
@@ -71,6 +73,13 @@ cdef Bulky _bulky(uint64_t size):
     if bulky.bulk.start == NULL:
         raise ResourceError(f"no memory for a payload of {size} bytes")
     bulky.bulk.size, bulky.bulk.give = size, give_memory
+    return bulky
+
+
+cdef Bulky _copied_together(Encoder body):
+    cdef Bulky bulky = _bulky(body.total())
+    with nogil:
+        body.copy_to(bulky.bulk.start)
     return bulky
 
 
@@ -184,8 +193,10 @@ cdef class Post(Wiring):
             raise peer.died_error(True)
         return peer
 
-    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns) except -1:
+    cdef int64_t post(self, Peer peer, fr_frame* head, Encoder body, int64_t deadline_ns, bint lends=False) except -1:
         """Send one frame: ``head`` with the references and payload of ``body``.
+
+        ``lends``: the caller leaves ``body`` and what it is about as they are until it has asked ``take_back`` for them.
 
         Every reference is pinned before the frame is visible; all is undone when it cannot be sent. When the ring is
         full a call waits for room; an answer or a bookkeeping frame never does, it is kept and sent in its turn, for the
@@ -207,6 +218,9 @@ cdef class Post(Wiring):
         cdef uint32_t in_block = 0
         cdef list pinned = None
         cdef Bulky bulky = None
+        cdef Bulk along
+        cdef Bulk* goes_along = NULL
+        cdef iovec[MOST_PIECES] pieces
         cdef bint handed = False
         if fr_load32_acquire(&peer.died):
             raise peer.died_error()
@@ -232,13 +246,19 @@ cdef class Post(Wiring):
                 head.flags |= FLAG_FORKS_IN_BLOCK
                 size += in_block
             if peer.is_far and (size > INLINE_LIMIT or in_block):
-                bulky = _bulky(size)
+                along.start, along.size, along.pieces, along.piece_count = NULL, size, pieces, 0
+                if peer.channel.borrowing and size >= LENT_FROM and not in_block:
+                    along.piece_count = body.pieces(pieces, MOST_PIECES)
+                if along.piece_count:
+                    goes_along = &along
+                else:
+                    bulky = _bulky(size)
+                    if in_block:
+                        memcpy(bulky.bulk.start, forks.data, in_block)
+                    with nogil:
+                        body.copy_to(bulky.bulk.start + in_block)
                 memset(&block, 0, sizeof(block))
                 block.size, block.index = size, NO_ENTRY
-                if in_block:
-                    memcpy(bulky.bulk.start, forks.data, in_block)
-                with nogil:
-                    body.copy_to(bulky.bulk.start + in_block)
                 payload, size = <const char*>&block, sizeof(fr_block)
                 head.flags |= FLAG_BLOCK
             elif size > INLINE_LIMIT or in_block:
@@ -253,7 +273,7 @@ cdef class Post(Wiring):
                     body.copy_to(self.arena.base + lent + in_block)
                 payload, size = <const char*>&block, sizeof(fr_block)
                 head.flags |= FLAG_BLOCK
-            elif bulky is None and size and not body.segment_count:
+            elif payload == NULL and size and not body.segment_count:
                 payload = body.data
             head_size = sizeof(fr_frame) + head.forks_size
             if head_size > HEAD_ROOM or (size and payload == NULL):  # many references, or a tensor inside a small payload
@@ -271,14 +291,18 @@ cdef class Post(Wiring):
                 (<fr_frame*>start).deadline_ns = max(head.deadline_ns - fr_now_ns(), <int64_t>1)
             if head.forks_size:
                 memcpy(start + sizeof(fr_frame), forks.data, head.forks_size)
+            if bulky is not None:
+                goes_along = &bulky.bulk
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):
-                position = peer.channel.try_send_bulk(start, head_size, payload, size, _bulk_of(bulky))
+                position = peer.channel.try_send_bulk(start, head_size, payload, size, goes_along)
             if position <= 0 and _may_wait(head.kind):
-                position = self._wait_for_room(peer, start, head_size, payload, size, bulky, deadline_ns)
+                position = self._wait_for_room(peer, start, head_size, payload, size, goes_along, deadline_ns)
             elif position < 0:
                 self._cannot_send(peer, position, head_size + size)
             elif not position:
+                if goes_along == &along:
+                    bulky = _copied_together(body)
                 peer.outgoing.append((start[:head_size] + (payload[:size] if size else b""), pinned, lent, bulky))
                 if not fr_this_thread.leading:
                     self.wake_leader()  # it may sleep already, and it alone sends what was kept
@@ -290,6 +314,8 @@ cdef class Post(Wiring):
             if lent >= 0:
                 self.arena.give_back(lent)
             raise
+        if goes_along == &along and position and not lends:
+            self.take_back(peer, position, body)
         if _may_wait(head.kind):
             self.calls_sent += 1
         if position:
@@ -300,6 +326,23 @@ cdef class Post(Wiring):
             self.encoder_done(whole)
         peer.release(self.arena)
         return position
+
+    cdef int take_back(self, Peer peer, int64_t position, Encoder body) except -1:
+        """Have the memory of a payload again that was lent for sending. What the peer has not confirmed is copied."""
+        cdef Bulky bulky
+        cdef timespec pause
+        if not peer.channel.borrows(position):
+            return 0
+        try:
+            bulky = _copied_together(body)
+        except ResourceError:  # so it cannot be had before the peer has it all
+            pause.tv_sec, pause.tv_nsec = 0, 1000000
+            while peer.channel.borrows(position) and not fr_load32_acquire(&peer.died):
+                with nogil:
+                    nanosleep(&pause, NULL)
+            return 0
+        peer.channel.give_back(position, &bulky.bulk)
+        return 0
 
     def send_control(self, peer: Peer, kind: int, call: int, payload: bytes) -> None:
         """Send one bookkeeping frame.
@@ -530,7 +573,7 @@ cdef class Post(Wiring):
             holder.release(index)
 
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                                Bulky bulky, int64_t deadline_ns) except -1:
+                                Bulk* along, int64_t deadline_ns) except -1:
         """The ring is full: drain our own inbox meanwhile, so that two full rings cannot wait for each other."""
         cdef int64_t position = SENT_FULL
         cdef timespec pause
@@ -538,7 +581,7 @@ cdef class Post(Wiring):
         while True:
             position = SENT_FULL
             if not peer.outgoing or self.flush(peer):
-                position = peer.channel.try_send_bulk(head, head_size, body, body_size, _bulk_of(bulky))
+                position = peer.channel.try_send_bulk(head, head_size, body, body_size, along)
             if position > 0:
                 return position
             if position < 0 or fr_load32_acquire(&peer.died):
