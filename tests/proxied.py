@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from tests.proxy import Proxy
 
 HANDSHAKE = {ASKER: (72, 40), LISTENER: (72, 40)}
 LEAVING = 1
+LENT = 1 << 16  # elements
 
 _proxies: list[Proxy] = []
 _executions: Counter[Any] = Counter()
@@ -202,6 +204,75 @@ def visit_with(to: str, kind: str, changes: dict[str, Any], record_changes: dict
     return ("", "") if message is None else (message.kind, str(message.body.get("sentence", "")))
 
 
+def lend_and_leave(to: str) -> int:
+    """Call with a large tensor, be interrupted, change the tensor; how many payloads were lent until then."""
+    tensor = torch.arange(LENT)
+    seen: list[int] = []
+
+    def interrupt() -> None:
+        _wait_until(lambda: payloads_lent() == 1)
+        seen.append(payloads_lent())
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    try:
+        rpc.rpc_sync(to, note_total, args=(tensor,), timeout=0)
+    except KeyboardInterrupt:
+        tensor.zero_()
+        return seen[0] - payloads_lent()
+    raise AssertionError("nothing held up the call")
+
+
+def lend_and_go_on(to: str) -> int:
+    """Begin a call with a large tensor, change the tensor; how many payloads are lent."""
+    tensor = torch.arange(LENT)
+    _kept["future"] = rpc.rpc_async(to, note_total, args=(tensor,), timeout=0)
+    tensor.zero_()
+    return payloads_lent()
+
+
+def begin_fetching(to: str, what: str) -> None:
+    """Call for a large tensor; ``answer`` waits for it."""
+    _kept["future"] = rpc.rpc_async(to, give_behind_a_stall, args=(what,), timeout=0)
+
+
+def answer_total() -> int:
+    """Wait for the tensor that was called for, and sum it."""
+    return int(answer().sum())
+
+
+def change_what_was_given() -> int:
+    """Change the tensor of which a copy was asked for, if it is kept; how many payloads are lent."""
+    peer: Any = next(peer for peer in current_wiring().known_peers() if peer.is_far)
+    _wait_until(lambda: peer.snapshot()["unconfirmed_bytes"] > 8 * LENT and (peer.lent or not payloads_lent()))
+    if _kept["given"] is not None:
+        _kept["given"].zero_()
+    return payloads_lent()
+
+
+def payloads_lent() -> int:
+    """Count what is sent from where it lies."""
+    return sum(peer.get("borrowed", 0) for peer in current_wiring().snapshot()["peers"].values())
+
+
+def wait_until_nothing_is_lent() -> None:
+    """Wait until all payloads have arrived, and nothing is kept for them."""
+    _wait_until(lambda: not payloads_lent() and not any(peer.lent for peer in current_wiring().known_peers()))
+
+
+def noted_total() -> int:
+    """Wait for the total of what came."""
+    _wait_until(lambda: "total" in _kept)
+    return _kept.pop("total")
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + puppets.PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 # ---- what workers call
 
 
@@ -215,6 +286,19 @@ def keep_and_look(number: int, rref: Any) -> Any:
     """Keep a reference, hand it on to its maker and back, and return its value."""
     _kept[number] = rref
     return rref.to_here()
+
+
+def note_total(tensor: torch.Tensor) -> None:
+    """Note the sum of a tensor."""
+    _kept["total"] = int(tensor.sum())
+
+
+def give_behind_a_stall(what: str) -> torch.Tensor:
+    """Return a large tensor that is kept here, or is not; the proxy holds up the answer."""
+    _proxies[0].stall()
+    tensor = torch.arange(LENT)
+    _kept["given"] = tensor if what == "kept" else None
+    return tensor
 
 
 def drop(number: int) -> None:

@@ -268,7 +268,11 @@ def test_a_worker_of_the_life_before_a_restart_does_not_get_in(cast):
 
 
 @pytest.mark.parametrize(
-    ("life", "told"), [("0", r"was restarted: worker 'other' .* of start 0, "), ("2", "waited 1 s .* is of start 1 of the job, this worker of start 2")]
+    ("life", "told"),
+    [
+        ("0", r"was restarted: worker 'other' .* of start 0, "),
+        ("2", "waited 1 s .* is of start 1 of the job, this worker of start 2"),
+    ],
 )
 def test_lives_are_told_apart_on_one_host_too(cast, life, told):
     job = f"local://tcp-{next(_jobs)}"

@@ -194,6 +194,48 @@ def test_nonsense_is_no_break_that_is_mended(start: Start, direction: str, at: i
     assert f"has given up worker '{speaker.name}'" in told and reason in told
 
 
+# ---- what is sent from where it lies
+
+
+TOTAL = sum(range(proxied.LENT))
+
+
+def lose_what_is_under_way(alice: Puppet) -> None:
+    alice.do(proxied.proxy_do, "cut")
+    alice.do(proxied.proxy_do, "go_on")
+
+
+def test_a_caller_that_leaves_early_has_its_arguments_for_itself(start: Start, troupe: Troupe) -> None:
+    alice, bob = start()
+    alice.do(proxied.proxy_do, "stall")
+    assert bob.do(proxied.lend_and_leave, "w0") == 1
+    lose_what_is_under_way(alice)
+    assert alice.do(proxied.noted_total) == TOTAL
+    assert alice.do(proxied.resumptions) == 1
+    troupe.leave([alice, bob])
+
+
+def test_a_caller_that_does_not_wait_may_change_its_arguments(start: Start, troupe: Troupe) -> None:
+    alice, bob = start()
+    alice.do(proxied.proxy_do, "stall")
+    assert bob.do(proxied.lend_and_go_on, "w0") == 0
+    lose_what_is_under_way(alice)
+    assert alice.do(proxied.noted_total) == TOTAL
+    bob.do(proxied.answer)
+    troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize(("what", "lent"), [("kept", 0), ("dropped", 1)])
+def test_an_answer_is_lent_only_while_nobody_can_change_it(start: Start, troupe: Troupe, what: str, lent: int) -> None:
+    alice, bob = start()
+    bob.do(proxied.begin_fetching, "w0", what)
+    assert alice.do(proxied.change_what_was_given) == lent
+    lose_what_is_under_way(alice)
+    assert bob.do(proxied.answer_total) == TOTAL
+    alice.do(proxied.wait_until_nothing_is_lent)
+    troupe.leave([alice, bob])
+
+
 # ---- strangers at the door
 
 

@@ -600,7 +600,14 @@ cdef class TcpChannel(Channel):
 
     def snapshot(self) -> dict:
         """Plain figures."""
-        return dict(connected=not self.broken, unconfirmed_bytes=self.kept, sent=self.sent, received=self.received,
+        cdef Outgoing* record
+        borrowed = 0
+        pthread_mutex_lock(&self.lock)
+        record = self.borrowed
+        while record != NULL:
+            borrowed, record = borrowed + 1, record.next_borrowed
+        pthread_mutex_unlock(&self.lock)
+        return dict(connected=not self.broken, unconfirmed_bytes=self.kept, borrowed=borrowed, sent=self.sent, received=self.received,
                     bytes_sent=self.bytes_sent, bytes_received=self.bytes_received, resumed=self.resumed)
 
 

@@ -37,6 +37,7 @@ cdef class Encoder:
     cdef list arenas                # of which the receiver may be handed blocks that we have leased; None: of none
     cdef unsigned receiver          # its rank
     cdef list forwarded             # (arena, place as bytes) of the blocks that it is handed
+    cdef bint lent                  # a channel reads from where it and its segments lie
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
     cdef unsigned seen_count, containers

@@ -21,6 +21,7 @@ cdef class Job:
     cdef uint64_t size
     cdef object failure         # or why it cannot be run
     cdef bint parked            # it waits for a value, or for the future that its function returned
+    cdef bint alone             # nobody can reach what it answers: it need not be copied to be sent
     cdef bint answers_later     # its function returns a future of the answer
 
     cdef const char* undecoded(self, uint64_t* size) noexcept

@@ -17,9 +17,11 @@ from libc.string cimport memcpy, memset
 from fastref._core cimport FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_acquire, fr_load32_relaxed, fr_now_ns, fr_store32_relaxed
 from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
 from fastref.codec.payload cimport Encoder
+from fastref.codec.publishable cimport NOT_PUBLISHABLE, value_publishability
 from fastref.codec.stream cimport encode_value
 from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.calls cimport PUBLISHED, Pending
+from fastref.runtime.post cimport LENT_FROM
 from fastref.runtime.references cimport ASK_TYPE, ASK_WHETHER_THERE, ReferenceCaller
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PUBLISHED, NO_SLOT, PYTHON_REMOTE_CALL,
                                  PYTHON_RET, RREF_FETCH_CALL, fr_block, fr_frame)
@@ -44,6 +46,7 @@ cdef extern from "Python.h":
     bint PyCFunction_Check(object)
     PyObject* PyMethod_GET_FUNCTION(object)
 
+cdef object Tensor = torch.Tensor
 cdef str MARK = "_wrapped_async_rpc_function"
 
 cdef enum:
@@ -139,6 +142,8 @@ cdef class Executor(ReferenceCaller):
         body = self.encoder()
         if not job.peer.is_far:
             body.arenas, body.receiver = self.arenas, job.peer.rank
+        elif _may_be_large(job.body):
+            job.alone = value_publishability(<PyObject*>job.body) != NOT_PUBLISHABLE
         flags[0] = self.encode_any(body, job.body, job.peer.shares_main)
         return body
 
@@ -338,6 +343,7 @@ cdef class Executor(ReferenceCaller):
     cdef int answer(self, Job job, Encoder body, int flags) except -1:
         """Leave the answer in the caller's slot, or send it as a message."""
         cdef fr_frame head
+        cdef int64_t position
         cdef fr_slot* slot
         cdef uint64_t size = body.total()
         cdef int64_t lent = -1
@@ -378,7 +384,9 @@ cdef class Executor(ReferenceCaller):
         memset(&head, 0, sizeof(fr_frame))
         head.kind, head.flags, head.slot, head.call = PYTHON_RET, flags, job.head.slot, job.head.call
         try:
-            self.post(job.peer, &head, body, 0)
+            position = self.post(job.peer, &head, body, 0, job.alone)
+            if job.alone and position:
+                job.peer.lend(position, body)
         except PeerError:
             raise
         except Exception as error:  # no memory for the answer, or a reference in it that cannot travel
@@ -440,6 +448,13 @@ cdef int _require_future(object value, object func) except -1:
         raise TypeError("Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
                         f"{kind.__module__}.{kind.__qualname__}")
     return 0
+
+
+cdef bint _may_be_large(object value) except -1:
+    kind = type(value)
+    if kind is Tensor:
+        return value.nbytes >= LENT_FROM
+    return kind is tuple or kind is list or kind is dict or kind is bytes
 
 
 cdef bint _is_marked(object func) except -1:

@@ -1,12 +1,13 @@
 """What a runtime knows of one peer."""
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from fastref._core cimport Holder, PinQueue
 from fastref.carriers.arena cimport Arena
 from fastref.carriers.borrow cimport PeerArena
 from fastref.channels.channel cimport Channel
 from fastref.channels.slots cimport PeerSlots
+from fastref.codec.payload cimport Encoder
 
 
 cdef class Peer:
@@ -43,9 +44,12 @@ cdef class Peer:
     cdef readonly object outgoing       # (record, pins, block): frames that wait for room in the ring
     cdef bint flushing
     cdef object loans                   # (position, offset): blocks that frames to it point to
+    cdef readonly object lent           # (position, encoder): answers that the channel reads from where they lie
     cdef list slot_loans                # (slot, call, offset): blocks that answers in its slots point to
     cdef public object lock
 
     cdef void release_pins(self) noexcept
     cdef int release_loans(self, Arena arena) except -1
+    cdef int lend(self, int64_t position, Encoder body) except -1
+    cdef int release_lent(self) except -1
     cdef int release(self, Arena arena) except -1

@@ -51,7 +51,7 @@ cdef class Peer:
         self.channel, self.slots, self.holder, self.arena = channel, slots, holder, arena
         self.pins = PinQueue()
         self.numbers, self.callables, self.children = {}, {}, {}
-        self.credits, self.slot_loans, self.loans, self.outgoing = [], [], deque(), deque()
+        self.credits, self.slot_loans, self.loans, self.lent, self.outgoing = [], [], deque(), deque(), deque()
         self.lock = Condition()
         self.credit_window = 32
         self.cpu = FR_NO_CPU
@@ -103,6 +103,8 @@ cdef class Peer:
         self.release_pins()
         if self.loans or self.slot_loans:
             self.release_loans(arena)
+        if self.lent:
+            self.release_lent()
         return 0
 
     cdef void release_pins(self) noexcept:
@@ -130,6 +132,26 @@ cdef class Peer:
                 else:
                     arena.give_back(offset)
         return 0
+
+    cdef int lend(self, int64_t position, Encoder body) except -1:
+        """Leave a payload that nobody else can reach where it lies until the peer has it."""
+        if self.channel.borrows(position):
+            body.lent = True
+            self.lent.append((position, body))
+        return 0
+
+    cdef int release_lent(self) except -1:
+        cdef uint64_t consumed = self.channel.consumed()
+        if fr_load32_acquire(&self.died):  # so the channel is closed
+            consumed = <uint64_t>0xFFFFFFFFFFFFFFFF
+        while True:
+            try:
+                entry = self.lent.popleft()
+            except IndexError:
+                return 0
+            if entry[0] > consumed:
+                self.lent.appendleft(entry)
+                return 0
 
     def detach(self) -> None:
         """Make what is leased of its memory independent of it."""

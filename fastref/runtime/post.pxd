@@ -13,6 +13,9 @@ from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport FrameView, fr_block, fr_frame
 
 
+cdef enum:
+    LENT_FROM = 16384       # smaller payloads are copied before they are sent: that is cheaper than to keep book
+
 cdef extern from *:
     """
     #ifndef FR_THREAD_DECLARED

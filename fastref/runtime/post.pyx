@@ -47,7 +47,6 @@ cdef extern from "Python.h":
 cdef enum:
     INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
     COPIED_WARM_FROM = 65536  # smaller ones the allocator keeps warm by itself
-    LENT_FROM = 16384       # smaller payloads are copied before they are sent: that is cheaper than to keep book
     MOST_PIECES = 64        # and those in more pieces
     HEAD_ROOM = 1024        # header and references that fit on the stack
     FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
@@ -144,6 +143,8 @@ cdef class Post(Wiring):
             return Encoder()
 
     cdef void encoder_done(self, Encoder encoder) noexcept:
+        if encoder.lent:
+            return
         encoder.reset()
         if len(self._encoders) < 16:
             self._encoders.append(encoder)
