@@ -14,7 +14,7 @@ import fastref.rpc as rpc
 from tests import work
 from tests.jobs import in_job, job_fixtures
 
-jobs, job = job_fixtures(2)
+jobs, job = job_fixtures(2, [{}, {"transport": "tcp"}])
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128),

@@ -453,7 +453,7 @@ cdef int _require_future(object value, object func) except -1:
 cdef bint _may_be_large(object value) except -1:
     kind = type(value)
     if kind is Tensor:
-        return value.nbytes >= LENT_FROM
+        return value.numel() * value.itemsize >= LENT_FROM  # a sparse one has no "nbytes"
     return kind is tuple or kind is list or kind is dict or kind is bytes
 
 
