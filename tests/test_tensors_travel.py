@@ -277,3 +277,16 @@ def test_a_received_tensor_can_be_resized_shared_and_used_as_any_other() -> None
         assert tensor.numpy().sum() == 4 * size
         assert tensor.data_ptr() % tensor.element_size() == 0
         assert tensor.resize_(size // 2).numel() == size // 2
+
+
+@pytest.mark.gates
+@pytest.mark.timeout(600)
+@in_job
+def test_a_tensor_of_more_than_4_gib_arrives_there_and_here() -> None:
+    size = (4 << 30) + 12_345
+    last = torch.zeros(size, dtype=torch.uint8)
+    last[-1] = 77
+    assert rpc.rpc_sync("w1", torch.argmax, args=(last,), timeout=0) == size - 1
+    del last
+    answer = rpc.rpc_sync("w1", torch.ones, args=((size,),), kwargs={"dtype": torch.uint8}, timeout=0)
+    assert answer.numel() == size and answer[::4096].sum() == len(answer[::4096]) and answer[-1] == 1
