@@ -388,7 +388,7 @@ def test_what_was_not_sent_yet_cannot_be_confirmed() -> None:
 def test_a_claim_costs_no_memory_until_its_bytes_come() -> None:
     with raw_end() as raw:
         before = resident_bytes()
-        raw.say((MAGIC | 1 << 30, 1, 0, 0, 6, 0), data=b"record" + b"x" * 1000)
+        raw.say((MAGIC | 1 << 28, 1, 0, 0, 6, 0), data=b"record" + b"x" * 1000)
         for _ in range(3):
             raw.end.step()
         assert resident_bytes() - before < 1 << 20
