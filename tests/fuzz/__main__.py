@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.fuzz.decoders import TARGETS, Fuzzer, LastInput
+from tests.fuzz.decoders import TARGETS
+from tests.fuzz.fuzzer import Fuzzer, LastInput
 
 
 def main() -> int:
