@@ -30,6 +30,8 @@ MAX_UNPROVED = 64
 """Visitors that may be proving themselves at once; one more and the oldest has to go."""
 # So many that those who prove themselves without delay, which takes two rounds more, are not pushed out by each other.
 _GREETED_AT_ONCE = MAX_UNPROVED // 4
+# After one was turned away, for others to gather: a thousand a second wake the worker two hundred times, not a thousand.
+_PAUSE_S = 0.005
 
 _logger = logging.getLogger("fastref")
 
@@ -57,6 +59,7 @@ class Door:
         self._provings = Provings(self._selector, MAX_UNPROVED)
         self._dialing = Provings(self._selector)
         self._proved: deque[StreamConnection] = deque()
+        self._has_turned_away = False
         self._selector.register(listener.fileno(), selectors.EVENT_READ, self._greet)
 
     @property
@@ -81,6 +84,9 @@ class Door:
                 # An earlier event of this batch may have closed it, and its number may be that of another by now.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
+            if self._has_turned_away and not self._proved:
+                self._has_turned_away = False
+                time.sleep(_PAUSE_S)
         return self._proved.popleft() if self._proved else None
 
     def dial(
@@ -128,6 +134,7 @@ class Door:
             self._provings.start(visitor, self._proved.append, self._turn_away)
 
     def _turn_away(self, error: Exception) -> None:
+        self._has_turned_away = True
         _logger.debug("a visitor at %s was turned away: %s", self.endpoint, error)
 
 

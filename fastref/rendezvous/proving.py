@@ -133,8 +133,9 @@ class Proving:
             self._all_out = self._tls is None or self._tls.flush()
             return done and self._all_out
         except IdentityError:
-            with contextlib.suppress(OSError):  # one who is refused may know which version runs here
-                (self._tls or self.socket).send(self._handshake.to_send())
+            if last_words := self._handshake.to_send():  # one who is refused may know which version runs here
+                with contextlib.suppress(OSError):
+                    (self._tls or self.socket).send(last_words)
             raise
         except ssl.SSLEOFError as error:
             raise ConnectionResetError("the other end closed the connection during the handshake of TLS") from error
