@@ -22,9 +22,13 @@ def check_available(size_bytes: int, purpose: str) -> None:
     Raises
     ------
     ResourceError
-        Less than ``size_bytes`` are available.
+        Less than ``size_bytes`` are available, or it cannot be seen how many are: no descriptor is left.
     """
-    available = available_bytes()
+    try:
+        available = available_bytes()
+    except OSError as error:
+        message = f"{purpose} needs {size_bytes} bytes of memory, and how much is available cannot be seen: {error}"
+        raise ResourceError(message) from error
     if size_bytes > available:
         raise ResourceError(f"{purpose} needs {size_bytes} bytes of memory, {available} are available")
 
