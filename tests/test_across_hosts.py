@@ -55,6 +55,7 @@ def listening_beside_the_store(host: Host) -> list[str]:
     return [endpoint for endpoint in host.listening() if not endpoint.endswith(f":{PORT}")]
 
 
+@pytest.mark.shared_memory("those of one host do")
 @pytest.mark.parametrize("scheme", ["tcp", "env"])
 def test_workers_share_memory_within_a_host_and_talk_over_tcp_between_hosts(room: list[Host], scheme: str) -> None:
     world = World(room).join(scheme)
@@ -82,6 +83,7 @@ def test_each_worker_has_a_port_at_the_address_of_its_host_until_it_leaves(room:
     assert [host.listening() for host in room] == [[], [], []]
 
 
+@pytest.mark.shared_memory("who shares none listens on loopback")
 def test_a_job_of_one_host_listens_on_no_port(room: list[Host]) -> None:
     pair = [room[0].hire(f"w{rank}") for rank in range(2)]
     pair[0].order(puppets.join_job, "w0", 0, 2, "quiet", {})
@@ -112,6 +114,7 @@ def refusals(world: World) -> list[str]:
     return told
 
 
+@pytest.mark.shared_memory("who has to use TCP is refused before he meets anybody")
 def test_without_a_token_nobody_of_another_host_is_let_in(room: list[Host]) -> None:
     for sentence in refusals(World(room, ["", "", ""])):
         assert re.search(

@@ -68,7 +68,16 @@ FAR = [point for point in POINTS if point.startswith("tcp.")]
 ELSEWHERE = {*AT_START, *AT_END, *IN_GROUPS, *FILES, *IN_REMOVAL, *ABROAD, *FAR}
 RUNNING = [point for point in POINTS if point not in ELSEWHERE]
 # Passed only where memory is shared.
-SHARED = ("arena.borrowed", "lease.", "publish.seen", "publish.withdrawn", "ring.", "slot.", "table.peer_half_removed")
+SHARED = (
+    "arena.borrowed",
+    "lease.",
+    "publish.seen",
+    "publish.withdrawn",
+    "ring.",
+    "segment.mapped",
+    "slot.",
+    "table.peer_half_removed",
+)
 # With one bit in each table, w0 has one everywhere: it asks nobody, and tells nobody what it has let go.
 NEVER_PASSED = {("fork.requested", "owner"), ("fork.accepted", "owner"), ("delete.queued", "owner")}
 
@@ -85,10 +94,16 @@ def combinations(of: list[str]) -> list[Any]:
         if (point, role) not in NEVER_PASSED:
             rare = action != "kill" and number(point, role, action) % 3
             marks = [pytest.mark.gates] if rare else []
-            if point.startswith(SHARED):
-                marks.append(pytest.mark.shared_memory("the place is passed nowhere else"))
-            found.append(pytest.param(point, role, action, marks=marks))
+            found.append(pytest.param(point, role, action, marks=[*marks, *where(point)]))
     return found
+
+
+def where(point: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a place that is not passed over TCP."""
+    return [pytest.mark.shared_memory("the place is passed nowhere else")] if point.startswith(SHARED) else []
+
+
+STARTS = [pytest.param(point, marks=where(point)) for point in AT_START]
 
 
 def test_the_sources_have_failpoints() -> None:
@@ -329,6 +344,7 @@ def published_block() -> tuple[bytes, int, int]:
     return value, *(after[how] - before[how] for how in ("fetched_directly", "fetched_by_message"))
 
 
+@pytest.mark.shared_memory("what goes over a connection needs no blocks")
 def test_without_memory_for_blocks_what_fits_goes_through_the_ring_and_the_rest_is_refused(troupe: Troupe) -> None:
     crew = owner, user = troupe.start(2)
     for puppet in crew:
@@ -362,7 +378,7 @@ def join_with_point(name: str, rank: int, job: str, point: str) -> int:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", AT_START)
+@pytest.mark.parametrize("point", STARTS)
 def test_a_worker_killed_while_it_starts_leaves_the_place_to_another(troupe: Troupe, point: str, rank: int) -> None:
     crew = [troupe.hire("w0"), troupe.hire("w1")]
     hit, other = crew[rank], crew[1 - rank]
@@ -392,7 +408,7 @@ def test_a_worker_killed_while_it_starts_leaves_the_place_to_another(troupe: Tro
 
 @pytest.mark.parametrize("action", ACTIONS[1:])
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", AT_START)
+@pytest.mark.parametrize("point", STARTS)
 def test_a_worker_slow_to_start_is_waited_for(troupe: Troupe, point: str, rank: int, action: str) -> None:
     crew = [troupe.hire("w0"), troupe.hire("w1")]
     for which, puppet in enumerate(crew):
