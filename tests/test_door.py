@@ -147,6 +147,20 @@ def test_a_worker_without_descriptors_turns_away_who_comes_and_goes_on(troupe: T
     troupe.leave([owner, user])
 
 
+def test_memory_that_comes_while_no_descriptor_is_left_costs_no_link(troupe: Troupe) -> None:
+    owner, user = troupe.start(2, transport="shm")
+    limit = user.do(use_up_descriptors)
+    for size in (1 << 20, 1000, 20 << 20, 10):  # new files of the owner's arena among them
+        assert user.do(length_of_result, "w0", size) == size
+    user.do(allow_descriptors, limit)
+    troupe.leave([owner, user])
+
+
+def length_of_result(to: str, size: int) -> int:
+    """Have another worker make so many bytes."""
+    return len(rpc.rpc_sync(to, bytes, (size,)))
+
+
 def hang_up(rank: int) -> None:
     """Break the connection to a worker of another host."""
     wiring: Any = current_wiring()
@@ -168,3 +182,33 @@ def test_a_connection_that_breaks_while_no_descriptor_is_left_is_made_again_late
     crew[poor].do(allow_descriptors, limit)
     assert [puppet.do(proxied.resumptions) for puppet in crew] == [1, 1]
     troupe.leave(crew)
+
+
+def start_with_ever_more(transport: str, job: str) -> list[str]:
+    """Start a worker with no descriptor, with one, two, ... until it starts; what the others ended with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held, troubles = len(os.listdir("/proc/self/fd")), []
+    for left in range(100):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held + left, hard))
+        try:
+            puppets.join_job("w0", 0, 1, f"{job}-{left}", {"transport": transport})
+        except Exception as error:
+            troubles.append(f"{type(error).__name__}: {error}")
+        else:
+            rpc.rpc_sync("w0", puppets.nothing)
+            rpc.shutdown()
+            return troubles
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert len(os.listdir("/proc/self/fd")) == held, troubles
+    raise AssertionError(troubles)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_worker_without_descriptors_enough_does_not_start_says_so_and_leaves_none(
+    troupe: Troupe, transport: str
+) -> None:
+    troubles = troupe.hire("w0").do(start_with_ever_more, transport, troupe.job)
+    assert len(troubles) > 5
+    for trouble in troubles:
+        assert trouble.startswith("ResourceError: ") and "Too many open files" in trouble

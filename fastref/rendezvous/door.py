@@ -30,7 +30,7 @@ MAX_UNPROVED = 64
 """Visitors that may be proving themselves at once; one more and the oldest has to go."""
 # So many that those who prove themselves without delay, which takes two rounds more, are not pushed out by each other.
 _GREETED_AT_ONCE = MAX_UNPROVED // 4
-# After one was turned away, for others to gather: a thousand a second wake the worker two hundred times, not a thousand.
+# After one was turned away, for others to gather: a thousand a second wake a worker two hundred times.
 _PAUSE_S = 0.005
 
 _logger = logging.getLogger("fastref")
@@ -55,7 +55,11 @@ class Door:
         self.credentials = credentials
         self.address = address
         self._listener = listener
-        self._selector = selectors.EpollSelector()
+        try:
+            self._selector = selectors.EpollSelector()
+        except OSError:
+            listener.close()
+            raise
         self._provings = Provings(self._selector, MAX_UNPROVED)
         self._dialing = Provings(self._selector)
         self._proved: deque[StreamConnection] = deque()

@@ -14,7 +14,7 @@ from fastref.errors import CallTimeout, ProtocolError, RendezvousError, Resource
 from fastref.rendezvous.connection import Connection, Message
 from fastref.rendezvous.fields import read_object, read_text
 from fastref.rendezvous.hellos import MAGIC, LinkMaking, Segments, check_pid
-from fastref.rendezvous.listening import Listener
+from fastref.rendezvous.listening import Listener, Spare
 from fastref.rendezvous.records import WorkerRecord
 from fastref.rendezvous.stream import StreamConnection
 from fastref.rendezvous.ways import SHM, TCP, Way
@@ -42,6 +42,8 @@ class Link(LinkMaking):
     handlers : dict
         Kind -> ``handler(message)`` for messages that are acted upon as they are read, in their order, by whichever
         thread reads; it owns the descriptors. ``receive_message`` returns the others.
+    spare : Spare, optional
+        Makes room for the descriptor of a message: without it the last one would cost the link.
     """
 
     def __init__(self, connection: Connection, record: WorkerRecord, way: Way = SHM) -> None:
@@ -50,6 +52,7 @@ class Link(LinkMaking):
         self.way = way
         self.descriptors: dict[str, tuple[int, int]] = {}
         self.handlers: dict[str, Callable[[Message], None]] = {}
+        self.spare: Spare | None = None
         # Both may be taken again by the thread that holds them: a destructor of the program may run at any line.
         self._reading, self._posting = threading.RLock(), threading.RLock()
         self._set_aside: deque[Message] = deque()
@@ -134,6 +137,8 @@ class Link(LinkMaking):
                 return
             self._handled = number
         self.handlers[message.kind](message)
+        if self.spare is not None:
+            self.spare.take_back()
 
     def _read_waiting(self) -> None:
         while self.fileno() >= 0:
@@ -147,6 +152,19 @@ class Link(LinkMaking):
                 self._handle(message)
             else:
                 self._set_aside.append(message)
+
+    def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        if self.spare is None:
+            return super()._receive()
+        self.spare.give_up()
+        try:
+            received = super()._receive()
+        except OSError:
+            self.spare.take_back()
+            raise
+        if not received[1]:  # otherwise it is for whoever handles the message to make room again
+            self.spare.take_back()
+        return received
 
     def take(self, label: str) -> tuple[int, int]:
         """Move a received descriptor to the caller, who closes it: (descriptor, size in bytes).

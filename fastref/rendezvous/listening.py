@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -15,13 +16,14 @@ from fastref.rendezvous.connection import Connection, peer_of, socket_address
 from fastref.rendezvous.stream import endpoint_text, tune
 from fastref.segments.rundir import make_private_directory
 
-__all__ = ["MEMBER_SUFFIX", "STATIC_SUFFIX", "Listener", "TcpListener"]
+__all__ = ["MEMBER_SUFFIX", "STATIC_SUFFIX", "Listener", "Spare", "TcpListener"]
 
 STATIC_SUFFIX, MEMBER_SUFFIX = "sock", "member"
 """How the sockets of workers end: of those of a job of fixed size, of those of a group that workers join and leave."""
 
 _BACKLOG = 4096
 _TIMES_TO_FORGET = 100
+_NO_DESCRIPTOR_S = 0.01
 # What accept says of a visitor that has gone again; the next one may be fine.
 _GONE_AGAIN = (errno.ECONNABORTED, errno.ENETDOWN, errno.EPROTO, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
@@ -56,6 +58,11 @@ class Listener:
     def fileno(self) -> int:
         """Return the descriptor to watch for reading, -1 when closed."""
         return self.socket.fileno()
+
+    @property
+    def spare(self) -> Spare:
+        """The descriptor that this worker keeps for when no other is left."""
+        return self._queue.spare
 
     def accept(self) -> Connection | None:
         """Take the next visitor, None when none is left or it was turned away.
@@ -170,15 +177,46 @@ class TcpListener:
         self._queue.close()
 
 
+class Spare:
+    """A descriptor that is kept for when no other is left: given up for a moment, it makes room for one."""
+
+    def __init__(self) -> None:
+        # No lock: a destructor, or a forked child, may come here at any line. A second one does no harm.
+        self._fds = [self._open()]
+        self._is_closed = False
+
+    def give_up(self) -> bool:
+        """Make room for one descriptor, until ``take_back``; False when there is none to be given up."""
+        try:
+            os.close(self._fds.pop())
+        except IndexError:
+            return False
+        return True
+
+    def take_back(self) -> None:
+        """Have it again, unless somebody else has taken the last one meanwhile."""
+        with contextlib.suppress(OSError):
+            if not self._fds and not self._is_closed:
+                self._fds.append(self._open())
+
+    def close(self) -> None:
+        """Have none any more; idempotent."""
+        self._is_closed = True
+        while self.give_up():
+            pass
+
+    @staticmethod
+    def _open() -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
 class _Queue:
     """A listening socket whose visitors are taken without waiting, also when no descriptor is left."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self.socket.setblocking(False)
-        # Given up to take and drop a visitor when no descriptor is left; otherwise it would stay
-        # in the queue and the listener would be readable for ever.
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.spare = Spare()
 
     def take(self) -> socket.socket | None:
         """Return the next visitor, None when none is left or it was turned away."""
@@ -196,17 +234,18 @@ class _Queue:
 
     def close(self) -> bool:
         """Close both descriptors; False when they have been closed before."""
+        was_open = self.socket.fileno() >= 0
         self.socket.close()
-        spare_fd, self._spare_fd = self._spare_fd, -1
-        if spare_fd >= 0:
-            os.close(spare_fd)
-        return spare_fd >= 0
+        self.spare.close()
+        return was_open
 
     def _drop_visitor(self) -> None:
-        os.close(self._spare_fd)
+        """Take and drop a visitor: otherwise it would stay in the queue, and the listener be readable for ever."""
+        if not self.spare.give_up():
+            time.sleep(_NO_DESCRIPTOR_S)  # and so it is, but nobody has to spin for that
         try:
             sock, _ = self.socket.accept()
             sock.close()
         except OSError:
             pass  # it left by itself, or another thread took the descriptor: the next event tries again
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.spare.take_back()

@@ -111,6 +111,7 @@ class Monitor:
             if rank in self._links:
                 raise ValueError(f"rank {rank} is watched already")
             self._links[rank] = link
+            link.spare = self._listener.spare
             for fd in (link.fileno(), link.pidfd):
                 self._ranks[fd] = rank
                 self._epoll.register(fd, select.EPOLLIN)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -11,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable, failpoint
@@ -130,11 +132,13 @@ class Runtime(GroupKeeper):
         self._is_open = False  # the group that it wants to join, or has joined
         self._checks = False  # on the way out: this worker wants to look at what others hold
         self._failure: str | None = None  # why another worker gave up while this one waited for it to serve
-        root = run_root()
-        sweep(root, clear=forget_loopback_token)
-        self._lock = InstanceLock(root)
+        with _typed_want_of_descriptors():
+            root = run_root()
+            sweep(root, clear=forget_loopback_token)
+            self._lock = InstanceLock(root)
         try:
-            self._start(name, rank, world_size, store, count)
+            with _typed_want_of_descriptors():
+                self._start(name, rank, world_size, store, count)
         except BaseException as error:
             try:
                 self._give_up()
@@ -678,6 +682,16 @@ class Runtime(GroupKeeper):
             "peers": {p.name: p.snapshot() for p in sorted(self.known_peers(), key=lambda p: not p.is_dead)},
             "dead": {rank: sorted(waiting) for rank, waiting in self._removal.open_cases().items()},
         }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _typed_want_of_descriptors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise ResourceError(f"no descriptor is left to start a worker with, see ulimit -n: {error}") from error
 
 
 _alive: weakref.WeakSet[Runtime] = weakref.WeakSet()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -76,8 +77,13 @@ class InstanceIdentity:
 
 
 def process_lives(pid: int) -> bool:
-    """Return whether a process of this pid namespace still runs."""
-    stat = _process_stat(pid)
+    """Return whether a process of this pid namespace still runs; it does where no descriptor is left to look."""
+    try:
+        stat = _process_stat(pid)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        return True
     return stat is not None and stat[0] not in "ZX"
 
 
