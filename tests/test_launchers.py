@@ -24,7 +24,14 @@ from fastref.rendezvous import (
     way_to,
 )
 from fastref.rendezvous.addresses import choose_address
-from fastref.rendezvous.launchers import all_on_this_host, first_node, launch_settings, restart_count
+from fastref.rendezvous.launchers import (
+    all_on_this_host,
+    first_node,
+    launch_settings,
+    node_rank,
+    restart_count,
+    start_of_all,
+)
 from fastref.rendezvous.methods import store_host
 
 SLURM = {
@@ -128,6 +135,19 @@ def test_a_job_that_torchrun_started_has_its_name_and_its_life(environ):
     environ.setenv("TORCHELASTIC_RESTART_COUNT", "often")
     with pytest.raises(UsageError, match="TORCHELASTIC_RESTART_COUNT must be a number, it is 'often'"):
         restart_count()
+
+
+@pytest.mark.parametrize(
+    ("environment", "node", "start"),
+    [
+        ({}, 0, 0),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, 0, 2),
+        ({"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "run7", "GROUP_RANK": "3", **TORCH}, 3, 0),
+        ({"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "run7", **TORCH, "LOCAL_WORLD_SIZE": "4"}, 0, 2),
+    ],
+)
+def test_a_start_has_a_number_that_all_know_where_all_are_of_one_node(environment, node, start):
+    assert (node_rank(environment), start_of_all(environment)) == (node, start)
 
 
 @pytest.mark.parametrize(

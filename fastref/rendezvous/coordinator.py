@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import selectors
 import time
@@ -43,6 +44,7 @@ class Coordinator:
     Rule 3: a worker that cannot start says why, and everybody is told.
     Rule 4: nonsense from a visitor is answered to that visitor and disturbs nobody else.
     Rule 5: whether he came over the unix socket or through the TCP door makes no difference to him.
+    Rule 6: who is left of the start of his node before this one gets no seat, and loses it when another comes.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Coordinator:
 
     def _look_around(self) -> None:
         now = time.monotonic()
-        complaint = self._meeting.complaint()
+        complaint = self._meeting.complaint(self._record)
         if complaint is not None:
             self._told_ranks.add(complaint[1])
             self._fail(complaint[0])
@@ -186,8 +188,8 @@ class Coordinator:
     def _hear_failure(self, visitor: Connection, message: Message) -> None:
         if read_text(message.body, "magic") != MAGIC or read_text(message.body, "job") != self._job:
             raise ProtocolError("a worker of another job cannot start")
-        if read_integer(message.body, "epoch") != self._record.epoch:
-            raise ProtocolError(f"job {self._job!r} was restarted; a worker of another start of it cannot start")
+        epoch, node = read_integer(message.body, "epoch"), read_integer(message.body, "node")
+        self._check_start(dataclasses.replace(self._record, epoch=epoch, node=node))  # it is of this host
         rank = read_integer(message.body, "rank", least=-1)
         fields = {"name": read_text(message.body, "name"), "rank": "unknown" if rank < 0 else rank, "pid": visitor.pid}
         cause = read_text(message.body, "cause")
@@ -215,16 +217,24 @@ class Coordinator:
         job = read_text(message.body, "job")
         if job != self._job:
             raise ProtocolError(f"worker {record} wants job {job!r}, this is job {self._job!r}")
-        if record.epoch != self._record.epoch:
-            newer = record.epoch > self._record.epoch  # it waits for the coordinator of its own start
-            raise ProtocolError(CLOSED if newer else sentences.other_life(self._job, record, self._record))
+        self._check_start(record)
         if record.host != self._record.host and visitor.pidfd >= 0:
             raise RendezvousError(sentences.other_host(record, self._record))
         check_pid(visitor, record)
         if self._sentence is None:
+            for rank, (seated, _) in list(self._seats.items()):
+                if seated.is_outlived_by(record):
+                    self._vacate(rank, sentences.other_life(self._job, seated, record))
             self._world_size = max(self._world_size, record.world_size)
             self._check_seat(record)
         return record
+
+    def _check_start(self, record: WorkerRecord) -> None:
+        if self._record.is_outlived_by(record):  # it waits for the coordinator of its own start
+            raise ProtocolError(CLOSED)
+        for other in self._present():
+            if record.is_outlived_by(other):
+                raise ProtocolError(sentences.other_life(self._job, record, other))
 
     def _check_seat(self, record: WorkerRecord) -> None:
         mine = self._record
@@ -245,7 +255,7 @@ class Coordinator:
 
     def _check_ways(self, record: WorkerRecord) -> None:
         """Check that whoever will have to be asked for a link from another host listens for it: the lower rank."""
-        for seated in [self._record, *(seated for seated, _ in self._seats.values())]:
+        for seated in self._present():
             lower, higher = sorted((seated, record), key=lambda one: one.rank)
             if lower.host != higher.host and not lower.endpoint:
                 raise RendezvousError(sentences.other_host(record, seated))
@@ -315,8 +325,10 @@ class Coordinator:
     def _roll_call(self) -> str:
         for rival in self._rivals:
             return sentences.already_running(self._job, self._record, rival)
-        present = [self._record, *(record for record, _ in self._seats.values())]
-        return sentences.roll_call(self._job, self._record.world_size, present, self._timeout_s)
+        return sentences.roll_call(self._job, self._record.world_size, self._present(), self._timeout_s)
+
+    def _present(self) -> list[WorkerRecord]:
+        return [self._record, *(seated for seated, _ in self._seats.values())]
 
     # Sockets
 

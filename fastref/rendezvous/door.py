@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fastref.identity import DEFAULT_TIMEOUT_S, find_token, loopback_token, refuse_without_token
 from fastref.options import TlsFiles
 from fastref.rendezvous.addresses import LOOPBACK, Address, choose_address
-from fastref.rendezvous.launchers import all_on_this_host, restart_count
+from fastref.rendezvous.launchers import all_on_this_host, start_of_all
 from fastref.rendezvous.listening import Listener, TcpListener
 from fastref.rendezvous.methods import LOCAL, job_name, scheme_of, store_host
 from fastref.rendezvous.proving import Credentials, Proving, Provings, Tls, dial
@@ -200,7 +200,7 @@ def open_door(
         if not chosen.is_loopback:
             refuse_without_token(endpoint_text(chosen.text, 0))
         secret = loopback_token(listener.directory)
-    credentials = Credentials(secret, job_name(init_method), restart_count(environ), Tls(tls) if tls else None)
+    credentials = Credentials(secret, job_name(init_method), start_of_all(environ), Tls(tls) if tls else None)
     door = Door(TcpListener(chosen.text), credentials, chosen)
     _logger.info("listening at %s for workers of other hosts: %s", door.endpoint, chosen.why)
     return door

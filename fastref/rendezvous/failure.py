@@ -16,7 +16,7 @@ from fastref.rendezvous.connection import Connection, connect
 from fastref.rendezvous.coordinator import LINGER_S, Coordinator
 from fastref.rendezvous.door import Door
 from fastref.rendezvous.hellos import HEARD, JOIN_FAILED, LINK_FAILED, MAGIC, refusal_of
-from fastref.rendezvous.launchers import restart_count
+from fastref.rendezvous.launchers import node_rank, restart_count
 from fastref.rendezvous.listening import Listener
 from fastref.rendezvous.meeting import Meeting, open_meeting
 from fastref.rendezvous.methods import LOCAL, claimed_numbers, job_name, scheme_of
@@ -78,6 +78,7 @@ def tell_coordinator(
         world_size=min(claimed_size or MAX_WORLD_SIZE, MAX_WORLD_SIZE),
         endpoint=door.endpoint if door else "",
         epoch=restart_count(),
+        node=node_rank(),
     )
     cause = cause[:_MAX_CAUSE_CHARACTERS]
     if claimed_rank == 0:
@@ -105,7 +106,7 @@ def _complain(meeting: Meeting, record: WorkerRecord, rank: int, job: str, cause
     for announcement in meeting.look():
         coordinator = announcement.record
         if announcement.is_open and coordinator.host != record.host:
-            meeting.complain(sentences.could_not_start(job, describe(fields), coordinator, cause), rank)
+            meeting.complain(coordinator, sentences.could_not_start(job, describe(fields), coordinator, cause), rank)
             return True
     return False
 
@@ -120,6 +121,7 @@ def tell_neighbours(name: str, rank: int, listener: Listener, job: str, cause: s
         "magic": MAGIC,
         "job": job,
         "epoch": restart_count(),
+        "node": node_rank(),
         "name": name,
         "rank": rank,
         "cause": cause[:_MAX_CAUSE_CHARACTERS],

@@ -17,7 +17,7 @@ from fastref.rendezvous.door import Door
 from fastref.rendezvous.failure import tell_neighbours
 from fastref.rendezvous.fields import read_integer, read_list
 from fastref.rendezvous.hellos import CLOSED, join_hello, refusal_of
-from fastref.rendezvous.launchers import restart_count
+from fastref.rendezvous.launchers import node_rank, restart_count
 from fastref.rendezvous.listening import Listener
 from fastref.rendezvous.meeting import Announcement, Meeting, open_meeting
 from fastref.rendezvous.methods import job_name, resolve_rank
@@ -93,8 +93,8 @@ def join(
     Parameters
     ----------
     record : WorkerRecord
-        The calling worker; its rank, world size, endpoint and epoch are replaced by what the arguments, the door and
-        the environment come to.
+        The calling worker; its rank, world size, endpoint, epoch and node are replaced by what the arguments, the door
+        and the environment come to.
     listener : Listener
         Where it is reached. For ``local://`` it lies in the job directory that all workers share:
         ``job_directory(run_root(), job_name(init_method))``.
@@ -146,7 +146,12 @@ def join(
             tell_neighbours(record.name, 0, listener, job, f"RendezvousError: {error}")
         raise
     record = dataclasses.replace(
-        record, rank=rank, world_size=world_size, endpoint=door.endpoint if door else "", epoch=restart_count()
+        record,
+        rank=rank,
+        world_size=world_size,
+        endpoint=door.endpoint if door else "",
+        epoch=restart_count(),
+        node=node_rank(),
     )
 
     if rank == 0:
@@ -205,7 +210,7 @@ class _Applicant:
                 if members is not None:
                     return members
                 if coordinator.host != self._record.host and not self._takes_tcp(coordinator):
-                    self._complain(sentences.other_host(self._record, coordinator))
+                    self._complain(coordinator, sentences.other_host(self._record, coordinator))
                 pause_s = _FIRST_PAUSE_S
             if self._lost is not None and time.monotonic() >= self._lost_at + RETURN_GRACE_S:
                 raise RendezvousError(sentences.deserted(self._job, self._lost, self._record, RETURN_GRACE_S))
@@ -221,7 +226,7 @@ class _Applicant:
 
     def _why_closed(self, coordinator: WorkerRecord) -> str:
         """Say why a coordinator takes nobody: it has all, or is that of a start of the job before this one."""
-        if coordinator.epoch < self._record.epoch:
+        if coordinator.is_outlived_by(self._record):
             return (
                 f"coordinator {coordinator} is of start {coordinator.epoch} of the job, "
                 f"this worker of start {self._record.epoch}"
@@ -231,14 +236,16 @@ class _Applicant:
     def _look(self) -> list[Announcement]:
         """Return who coordinates, or raise what somebody who could not reach the coordinator has left."""
         try:
-            complaint, announcements = self._meeting.complaint(), self._meeting.look()
+            announcements = self._meeting.look()
+            complaints = [self._meeting.complaint(announcement.record) for announcement in announcements]
         except RendezvousError as error:
             if self._lost is None:
                 return self._look_elsewhere(error)
             # The coordinator may have hosted the store, and the store's own words do not say that it died.
             raise RendezvousError(sentences.orphaned(self._job, self._lost, self._record, error)) from error
-        if complaint is not None:
-            raise RendezvousError(complaint[0])
+        for complaint in complaints:
+            if complaint is not None:
+                raise RendezvousError(complaint[0])
         return announcements
 
     def _look_elsewhere(self, error: RendezvousError) -> list[Announcement]:
@@ -299,7 +306,7 @@ class _Applicant:
         try:
             way_to(self._record, coordinator)
         except RendezvousError as error:
-            self._complain(str(error))
+            self._complain(coordinator, str(error))
         return self._door is not None and bool(coordinator.endpoint)
 
     def _visit(self, coordinator: WorkerRecord) -> Connection:
@@ -328,12 +335,12 @@ class _Applicant:
             time.sleep(_LONGEST_PAUSE_S)
             return
         if isinstance(error, IdentityError | ConnectionResetError):
-            self._complain(sentences.unproved(self._job, self._record, coordinator, error))
-        self._complain(sentences.unreachable(self._job, self._record, coordinator, error))
+            self._complain(coordinator, sentences.unproved(self._job, self._record, coordinator, error))
+        self._complain(coordinator, sentences.unreachable(self._job, self._record, coordinator, error))
 
-    def _complain(self, sentence: str) -> NoReturn:
+    def _complain(self, coordinator: WorkerRecord, sentence: str) -> NoReturn:
         """Leave word for a coordinator that was not reached, so not told, and cannot tell; and give up."""
-        self._meeting.complain(sentence, self._record.rank)
+        self._meeting.complain(coordinator, sentence, self._record.rank)
         raise RendezvousError(sentence)
 
     def _receive_members(self, connection: Connection, coordinator: WorkerRecord) -> tuple[WorkerRecord, ...] | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fastref.errors import UsageError
 
-__all__ = ["all_on_this_host", "launch_settings", "restart_count", "run_id"]
+__all__ = ["all_on_this_host", "launch_settings", "node_rank", "restart_count", "run_id", "start_of_all"]
 
 _NEEDED = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
 _REPLACED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
@@ -52,7 +52,9 @@ def first_node(nodes: str) -> str:
 
 
 def restart_count(environ: Mapping[str, str] = os.environ) -> int:
-    """Return how often torchrun has restarted the workers, 0 without it.
+    """Return how often torchrun has restarted the workers of this node after a failure there, 0 without it.
+
+    Each node counts for itself: where one has failed and another has not, they go on together with different counts.
 
     Raises
     ------
@@ -60,6 +62,28 @@ def restart_count(environ: Mapping[str, str] = os.environ) -> int:
         ``TORCHELASTIC_RESTART_COUNT`` is no number.
     """
     return _number("TORCHELASTIC_RESTART_COUNT", environ.get("TORCHELASTIC_RESTART_COUNT") or "0")
+
+
+def node_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Return torchrun's number for the node, of which there may be several on one host; 0 without it.
+
+    Raises
+    ------
+    UsageError
+        ``GROUP_RANK`` is no number.
+    """
+    return _number("GROUP_RANK", environ.get("GROUP_RANK") or "0") if run_id(environ) else 0
+
+
+def start_of_all(environ: Mapping[str, str] = os.environ) -> int:
+    """Return the restart count if all workers are known to have the same, because they are of one node, else 0.
+
+    Raises
+    ------
+    UsageError
+        As ``restart_count``.
+    """
+    return restart_count(environ) if all_on_this_host(environ) or not run_id(environ) else 0
 
 
 def run_id(environ: Mapping[str, str] = os.environ) -> str:

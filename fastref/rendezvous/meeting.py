@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastref.errors import RendezvousError, UsageError
 from fastref.rendezvous.fields import parse_object, read_integer, read_object, read_text
-from fastref.rendezvous.launchers import restart_count
+from fastref.rendezvous.launchers import start_of_all
 from fastref.rendezvous.methods import LOCAL, open_store, scheme_of
 from fastref.rendezvous.records import WorkerRecord
 
@@ -69,11 +69,11 @@ class Meeting(Protocol):
     def look(self) -> list[Announcement]:
         """Return who claims to be coordinator now."""
 
-    def complain(self, sentence: str, rank: int) -> None:
+    def complain(self, coordinator: WorkerRecord, sentence: str, rank: int) -> None:
         """Leave a sentence of the worker of a rank for a coordinator that cannot be reached in any other way."""
 
-    def complaint(self) -> tuple[str, int] | None:
-        """Return the sentence that was left, and by which rank, None when there is none."""
+    def complaint(self, coordinator: WorkerRecord) -> tuple[str, int] | None:
+        """Return the sentence that was left for a coordinator, and by which rank, None when there is none."""
 
 
 class LocalMeeting:
@@ -110,10 +110,10 @@ class LocalMeeting:
                 found.append(Announcement.from_json(data))
         return found
 
-    def complain(self, sentence: str, rank: int) -> None:
+    def complain(self, coordinator: WorkerRecord, sentence: str, rank: int) -> None:
         """Do nothing: here every coordinator can be reached at its socket."""
 
-    def complaint(self) -> tuple[str, int] | None:
+    def complaint(self, coordinator: WorkerRecord) -> tuple[str, int] | None:
         """As ``Meeting``."""
         return None
 
@@ -137,7 +137,7 @@ class StoreMeeting:
     """
 
     _COORDINATOR = "coordinator"
-    _COMPLAINT = "complaint"
+    _COMPLAINT = "complaint-"
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -154,23 +154,23 @@ class StoreMeeting:
         self._swap(Announcement(record, is_open=True).to_json(), Announcement(record, is_open=False))
 
     def withdraw(self, record: WorkerRecord) -> None:
-        """Do nothing: the next start of the job uses other keys, and the store may be gone by now."""
+        """Do nothing: the next coordinator finds out that this one is dead, and the store may be gone by now."""
 
     def look(self) -> list[Announcement]:
         """As ``Meeting``."""
         data = self._get(self._COORDINATOR)
         return [] if data is None else [Announcement.from_json(data)]
 
-    def complain(self, sentence: str, rank: int) -> None:
-        """As ``Meeting``."""
+    def complain(self, coordinator: WorkerRecord, sentence: str, rank: int) -> None:
+        """As ``Meeting``; the store may serve a later start of the job, which this does not concern."""
         try:
-            self._store.set(self._COMPLAINT, json.dumps({"sentence": sentence, "rank": rank}))
+            self._store.set(self._COMPLAINT + coordinator.instance, json.dumps({"sentence": sentence, "rank": rank}))
         except RuntimeError as error:
             raise _store_failed(error) from error
 
-    def complaint(self) -> tuple[str, int] | None:
+    def complaint(self, coordinator: WorkerRecord) -> tuple[str, int] | None:
         """As ``Meeting``."""
-        data = self._get(self._COMPLAINT)
+        data = self._get(self._COMPLAINT + coordinator.instance)
         if data is None:
             return None
         fields = parse_object(data)
@@ -200,8 +200,8 @@ def open_meeting(
     directory : Path
         The job directory, where ``local://`` jobs meet.
     init_method, rank, world_size, store, count
-        As ``join``; rank 0 may come to host the store. A store that outlives a restart of the workers has other keys
-        for those who come after it.
+        As ``join``; rank 0 may come to host the store. A store that outlives a restart of all workers has other keys
+        for those who come after it, where all know the number of their start.
     timeout_s : float
         How long the store may take to be there, in seconds; may be infinite.
 
@@ -222,7 +222,7 @@ def open_meeting(
 def _prefixed(store: Store, count: int) -> Store:
     from torch.distributed.distributed_c10d import PrefixStore
 
-    epoch = restart_count()
+    epoch = start_of_all()
     return PrefixStore(f"rpc_prefix_{count}_restart_{epoch}" if epoch else f"rpc_prefix_{count}", store)
 
 

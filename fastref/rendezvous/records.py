@@ -50,7 +50,9 @@ class WorkerRecord:
     endpoint : str
         ``address:port`` where it listens for workers of other hosts, "" when it does not.
     epoch : int
-        How often its job was restarted before.
+        How often its node was restarted before; says something only beside another of the same node.
+    node : int
+        Which node it is of, where a launcher has several on a host.
     entries : int
         Of its reference table.
     silence_ms : int
@@ -71,10 +73,15 @@ class WorkerRecord:
     endpoint: str = ""
     entries: int = 1 << 18
     epoch: int = 0
+    node: int = 0
     silence_ms: int = 15_000
 
     def __str__(self) -> str:
         return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
+
+    def is_outlived_by(self, other: WorkerRecord) -> bool:
+        """Return whether the other is of a later start of the same node."""
+        return (self.host, self.node) == (other.host, other.node) and self.epoch < other.epoch
 
     def to_fields(self) -> dict[str, Any]:
         """Return the record as a JSON object."""
@@ -124,6 +131,7 @@ class WorkerRecord:
             endpoint=endpoint,
             entries=_entries(fields),
             epoch=read_integer(fields, "epoch"),
+            node=read_integer(fields, "node"),
             silence_ms=read_integer(fields, "silence_ms", least=1, most=10**12),
         )
 

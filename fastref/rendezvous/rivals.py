@@ -103,8 +103,11 @@ class Rivals:
     def _find(self) -> None:
         for announcement in self._meeting.look():
             rival = announcement.record
-            if rival.instance != self._record.instance and rival.instance not in self._buried:
-                self._waiting[rival.instance] = rival
+            if rival.instance == self._record.instance or rival.instance in self._buried:
+                continue
+            self._waiting[rival.instance] = rival
+            if rival.is_outlived_by(self._record):  # whether it lives does not matter
+                self._bury(rival)
 
     def _call(self, now: float) -> None:
         self._retry = now + _RETRY_S

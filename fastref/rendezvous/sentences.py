@@ -87,11 +87,11 @@ def unproved(job: str, worker: WorkerRecord, other: WorkerRecord, trouble: objec
     )
 
 
-def other_life(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:
+def other_life(job: str, worker: WorkerRecord, later: WorkerRecord) -> str:
     """Return the sentence for a worker that was there before its job was restarted."""
     return (
-        f"job {job!r} was restarted: worker {worker} is of start {worker.epoch}, and coordinator {coordinator} of "
-        f"start {coordinator.epoch}; it cannot join"
+        f"job {job!r} was restarted: worker {worker} is of start {worker.epoch}, and worker {later} of start "
+        f"{later.epoch}; it cannot join"
     )
 
 
