@@ -1,6 +1,7 @@
 """What goes over a connection between two hosts, piece by piece, and what may be done with a piece on its way.
 
-A piece is a message of the handshake, a JSON message behind its length, or a frame. A script gets each piece before it
+A piece is a message of the handshake, a JSON message behind its length, or a frame; where TLS hides all of that, it is
+what came at once. A script gets each piece before it
 goes on and returns steps; the functions at the end of this file return the usual ones.
 """
 
@@ -49,6 +50,7 @@ FRAME_MAGIC = 0xFA
 _SIZE_BITS = 56
 _LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 64 << 10
+_MOST_AT_ONCE = 64 << 10
 # What the listener says last before both sides go over to frames.
 FRAMES_AFTER = ("link-welcome", "session-resumed")
 
@@ -84,7 +86,7 @@ class Piece:
     Parameters
     ----------
     kind : str
-        "handshake", "message", "frame", or "rest": less than a piece, at the end of a connection.
+        "handshake", "message", "frame", "secret": of TLS, or "rest": less than a piece, at the end of a connection.
     direction : str
         Who sent it.
     flow : Flow
@@ -133,16 +135,17 @@ class Reader:
     direction : str
     flow : Flow
         Shared by the directions of a connection: the listener's welcome begins the time of frames for both.
-    handshake : sequence of int
-        Sizes in bytes of what this side says in the handshake.
+    handshake : sequence of int, optional
+        Sizes in bytes of what this side says in the handshake; None: it speaks TLS.
     """
 
     def __init__(
-        self, stream: asyncio.StreamReader, direction: Direction, flow: Flow, handshake: Sequence[int]
+        self, stream: asyncio.StreamReader, direction: Direction, flow: Flow, handshake: Sequence[int] | None
     ) -> None:
         self._stream, self._direction, self._flow = stream, direction, flow
-        self._handshake = list(handshake)
-        self._counts = {"handshake": 0, "message": 0, "frame": 0, "rest": 0}
+        self._is_secret = handshake is None
+        self._handshake = list(handshake or ())
+        self._counts = {"handshake": 0, "message": 0, "frame": 0, "secret": 0, "rest": 0}
         self._parts: list[bytes] = []
         self._reading: asyncio.Future[Piece | None] | None = None
 
@@ -169,6 +172,10 @@ class Reader:
             return self._piece("rest", data) if data else None
 
     async def _read(self) -> Piece:
+        if self._is_secret:
+            if data := await self._stream.read(_MOST_AT_ONCE):
+                return self._piece("secret", data)
+            raise asyncio.IncompleteReadError(b"", 1)
         if self._handshake:
             data = await self._take(self._handshake[0])
             del self._handshake[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -52,7 +54,7 @@ def join_behind_a_proxy(name: str, rank: int, world_size: int, job: str, options
 
     def endpoint(door: Door) -> str:
         if not _proxies:
-            _proxies.append(Proxy(plain(door), HANDSHAKE, as_it_is))
+            _proxies.append(Proxy(plain(door), None if options.get("tls") else HANDSHAKE, as_it_is))
             _proxies[0].start()
         return _proxies[0].endpoint
 
@@ -76,6 +78,17 @@ def use_script(make: Callable[..., Script], *arguments: Any) -> None:
     _proxies[0].script = make(*arguments)
 
 
+def let_all_on() -> None:
+    """Hand all on from here on."""
+    _proxies[0].script = as_it_is
+
+
+def hang_up(to: str) -> None:
+    """Break the connection to another worker from here."""
+    runtime: Any = current_wiring()
+    runtime._abroad._channels[int(to[1:])].hang_up()
+
+
 def close_proxy() -> list[str]:
     """End the proxy; what went wrong in it."""
     for proxy in _proxies:
@@ -86,6 +99,16 @@ def close_proxy() -> list[str]:
 def resumptions() -> int:
     """Count what went on over a new connection here."""
     return sum(peer.get("resumed", 0) for peer in current_wiring().snapshot()["peers"].values())
+
+
+def silences_s() -> set[float]:
+    """Return what the system tolerates on the TCP connections of this process, in seconds."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+            if one.family == socket.AF_INET and not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.add(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1e3)
+    return found
 
 
 def call_in_a_row(to: str, first: int, count: int) -> None:
@@ -99,6 +122,15 @@ def call_in_a_row(to: str, first: int, count: int) -> None:
             assert answer.shape == (size,) and bool((answer == number + 1).all()), number
         else:
             assert rpc.rpc_sync(to, executed, args=((rpc.get_worker_info().name, number), number)) == number + 1
+
+
+def call_for(to: str, seconds: float) -> int:
+    """As ``call_in_a_row``, for a while; how many calls it were."""
+    count, end_s = 0, time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        call_in_a_row(to, count, 10)
+        count += 10
+    return count
 
 
 def call_from_many_threads(to: str, threads: int, count: int) -> None:
@@ -323,6 +355,22 @@ def cut_often(seed: int, least: int, most: int) -> Script:
             return as_it_is(piece)
         left = dice.randint(least, most)
         return cut_after(piece, dice.randint(0, len(piece.data)), reset=dice.random() < 0.5)
+
+    return script
+
+
+def cut_at_bytes(seed: int, most: int) -> Script:
+    """Cut at a random byte, whatever it belongs to, after up to ``most`` bytes of both directions each time."""
+    dice = random.Random(seed)
+    left = dice.randint(1, most)
+
+    def script(piece: Piece) -> Sequence[Step]:
+        nonlocal left
+        count, left = left, left - len(piece.data)
+        if left > 0:
+            return as_it_is(piece)
+        left = dice.randint(1, most)
+        return cut_after(piece, count, reset=dice.random() < 0.5)
 
     return script
 

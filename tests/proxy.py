@@ -37,7 +37,10 @@ _RESET = struct.pack("ii", 1, 0)
 
 @contextlib.contextmanager
 def proxy(
-    target: str, handshake: Mapping[Direction, Sequence[int]], script: Script = as_it_is, bind: str = "127.0.0.1"
+    target: str,
+    handshake: Mapping[Direction, Sequence[int]] | None,
+    script: Script = as_it_is,
+    bind: str = "127.0.0.1",
 ) -> Iterator[Proxy]:
     """Stand before a listener until the end; fail there when a script failed or something else than pieces came.
 
@@ -45,8 +48,8 @@ def proxy(
     ----------
     target : str
         ``host:port`` of the listener.
-    handshake : mapping
-        For both directions the sizes in bytes of what that side says before JSON messages begin.
+    handshake : mapping, optional
+        For both directions the sizes in bytes of what that side says before JSON messages begin; None: both speak TLS.
     script : callable
         What to do with each piece; it runs on the proxy's thread.
     bind : str
@@ -92,7 +95,11 @@ class Proxy:
     """
 
     def __init__(
-        self, target: str, handshake: Mapping[Direction, Sequence[int]], script: Script, bind: str = "127.0.0.1"
+        self,
+        target: str,
+        handshake: Mapping[Direction, Sequence[int]] | None,
+        script: Script,
+        bind: str = "127.0.0.1",
     ) -> None:
         host, _, port = target.rpartition(":")
         self._target, self._bind = (host.strip("[]"), int(port)), bind
@@ -231,9 +238,9 @@ class Proxy:
         """Wait for the next ``go_on``."""
         await self._released.wait()
 
-    def handshake(self, direction: Direction) -> Sequence[int]:
-        """Return the sizes of what one side says in the handshake."""
-        return self._handshake[direction]
+    def handshake(self, direction: Direction) -> Sequence[int] | None:
+        """Return the sizes of what one side says in the handshake, None of TLS."""
+        return None if self._handshake is None else self._handshake[direction]
 
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]

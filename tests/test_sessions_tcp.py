@@ -7,10 +7,12 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from fastref.errors import CallTimeout
+from fastref.identity import self_made_certificates
 from tests import proxied
 from tests.pieces import ASKER, DIRECTIONS
 from tests.puppets import PATIENCE_S, Puppet, Troupe, troupe_fixture  # noqa: F401
@@ -24,11 +26,14 @@ def start(troupe: Troupe) -> Iterator[Start]:
     started: list[Puppet] = []
 
     def start(
-        count: int = 2, peer_timeout: float = FAR_AWAY_S, join: Callable[..., None] = proxied.join_behind_a_proxy
+        count: int = 2,
+        peer_timeout: float = FAR_AWAY_S,
+        join: Callable[..., None] = proxied.join_behind_a_proxy,
+        **options: object,
     ) -> list[Puppet]:
         started.extend(troupe.hire(f"w{rank}") for rank in range(count))
         for rank, puppet in enumerate(started):
-            puppet.order(join, puppet.name, rank, count, troupe.job, {"peer_timeout": peer_timeout})
+            puppet.order(join, puppet.name, rank, count, troupe.job, {"peer_timeout": peer_timeout, **options})
         for puppet in started:
             puppet.outcome()
         return list(started)
@@ -61,6 +66,40 @@ def test_a_stream_of_calls_goes_on_over_many_breaks(start: Start, troupe: Troupe
     assert_each_ran_once(bob, 100)
     for puppet in (alice, bob):
         puppet.do(proxied.wait_until_clean)
+    troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.gates) for seed in range(1, 6))])
+def test_a_job_over_tls_goes_on_over_breaks_at_any_byte(
+    start: Start, troupe: Troupe, tmp_path: Path, seed: int
+) -> None:
+    alice, bob = start(tls=self_made_certificates(tmp_path / "tls"))
+    alice.do(proxied.use_script, proxied.cut_at_bytes, seed, 1_000_000)
+    bob.order(proxied.call_from_many_threads, "w0", 3, 25)
+    alice.order(proxied.call_in_a_row, "w1", 0, 25)
+    bob.outcome()
+    alice.outcome()
+    alice.do(proxied.let_all_on)
+    assert alice.do(proxied.resumptions) >= 4
+    assert_each_ran_once(alice, 75)
+    assert_each_ran_once(bob, 25)
+    for puppet in (alice, bob):
+        puppet.do(proxied.wait_until_clean)
+    troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_the_system_keeps_a_connection_as_long_as_its_worker_after_a_break_too(
+    start: Start, troupe: Troupe, tmp_path: Path, tls: bool
+) -> None:
+    alice, bob = start(
+        peer_timeout=40.0, join=proxied.join_over_tcp, tls=self_made_certificates(tmp_path / "tls") if tls else None
+    )
+    assert [puppet.do(proxied.silences_s) for puppet in (alice, bob)] == [{40.0}, {40.0}]
+    bob.do(proxied.hang_up, "w0")
+    bob.do(proxied.call_in_a_row, "w0", 0, 5)
+    assert alice.do(proxied.resumptions) == 1
+    assert [puppet.do(proxied.silences_s) for puppet in (alice, bob)] == [{40.0}, {40.0}]
     troupe.leave([alice, bob])
 
 

@@ -20,7 +20,7 @@ from fastref.rendezvous import Credentials, Door, StreamConnection, TcpListener,
 from fastref.rendezvous.addresses import LOOPBACK
 from fastref.rendezvous.connection import MAX_MESSAGE_BYTES
 from fastref.rendezvous.door import MAX_UNPROVED
-from fastref.rendezvous.stream import SILENCE_S, endpoint_text, parse_endpoint, tolerate, tune
+from fastref.rendezvous.stream import SILENCE_S, endpoint_text, parse_endpoint, tune
 
 PATIENCE_S = 60.0
 
@@ -181,7 +181,7 @@ def test_every_connection_is_set_up_the_same(pair):
 
 @pytest.mark.parametrize(("silence_s", "set_s"), [(2.0, SILENCE_S), (60.0, 60.0), (1e9, 2_147_483.647)])
 def test_the_system_does_not_end_a_connection_before_its_worker_would(pair, silence_s, set_s):
-    tolerate(pair[0].socket, silence_s)
+    pair[0].tolerate(silence_s)
     assert pair[0].socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == round(set_s * 1000)
 
 

@@ -25,7 +25,7 @@ from fastref.rendezvous.methods import check_numbers, is_open, job_name, plain_n
 from fastref.rendezvous.proving import Credentials, Proving, Provings, dial, visit
 from fastref.rendezvous.records import WorkerRecord
 from fastref.rendezvous.sentences import could_not_start
-from fastref.rendezvous.stream import StreamConnection, tolerate
+from fastref.rendezvous.stream import StreamConnection
 from fastref.rendezvous.ways import Way, place_of, way_to
 
 __all__ = [
@@ -77,7 +77,6 @@ __all__ = [
     "take_turn",
     "tell_coordinator",
     "tell_members",
-    "tolerate",
     "unregister",
     "visit",
     "way_to",

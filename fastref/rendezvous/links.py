@@ -198,7 +198,7 @@ class TcpLink(LinkMaking, StreamConnection):
     """
 
     def __init__(self, connection: StreamConnection, record: WorkerRecord, way: Way = TCP) -> None:
-        StreamConnection.__init__(self, connection.socket, record.pid)
+        StreamConnection.__init__(self, connection.socket, record.pid, connection.carrier)
         self.record = record
         self.way = way
         self.descriptors: dict[str, tuple[int, int]] = {}

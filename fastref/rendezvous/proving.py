@@ -155,7 +155,7 @@ class Proving:
         """Return the connection, once both ends have proved themselves; it takes the place of this."""
         if self._tls is None:
             return StreamConnection(self.socket)
-        return StreamConnection(relay(self._tls))
+        return StreamConnection(relay(self._tls), carrier=self.socket)
 
     def close(self) -> None:
         """Hang up without a word; idempotent."""

@@ -11,7 +11,7 @@ import time
 from fastref.errors import ProtocolError, UsageError
 from fastref.rendezvous.connection import MAX_MESSAGE_BYTES, Connection, Message, parse_message
 
-__all__ = ["StreamConnection", "endpoint_text", "parse_endpoint", "tolerate", "tune"]
+__all__ = ["StreamConnection", "endpoint_text", "parse_endpoint", "tune"]
 
 SILENCE_S = 15.0
 """How long a peer may leave what was sent to it without an acknowledgement before the connection has ended."""
@@ -38,10 +38,13 @@ class StreamConnection(Connection):
         What the peer says; 0 until it has. Nobody has vouched for it.
     pidfd : int
         -1.
+    carrier : socket.socket
+        The TCP socket; another than ``socket`` where TLS is between the two.
     """
 
-    def __init__(self, sock: socket.socket, pid: int = 0) -> None:
+    def __init__(self, sock: socket.socket, pid: int = 0, carrier: socket.socket | None = None) -> None:
         super().__init__(sock, pid, -1)
+        self.carrier = carrier or sock
         self._received = bytearray()
 
     def receive_message(self) -> Message | None:
@@ -71,6 +74,11 @@ class StreamConnection(Connection):
         data = bytes(self._received[_HEAD_BYTES:])
         self._received.clear()
         return parse_message(data, [])
+
+    def tolerate(self, silence_s: float) -> None:
+        """Have the system end the connection after this much silence, not before; who reads it may do so sooner."""
+        with contextlib.suppress(OSError):  # it has ended, which reading shows
+            _tolerate(self.carrier, silence_s)
 
     def take_socket(self) -> socket.socket:
         """Hand the connected socket, which does not block, over to the caller; nothing is left here to be closed.
@@ -139,15 +147,13 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_AFTER_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_EVERY_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_TIMES)
-    tolerate(sock, SILENCE_S)
+    _tolerate(sock, SILENCE_S)
 
 
-def tolerate(sock: socket.socket, silence_s: float) -> None:
-    """Have the system end a connection after this much silence, not before; who reads it may do so sooner."""
-    if sock.family != socket.AF_UNIX:  # as it is where something stands in between
-        # With this set, the number of probes without an answer does not count.
-        longest_ms = min(max(silence_s, SILENCE_S) * 1e3, _LONGEST_MS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(longest_ms))
+def _tolerate(sock: socket.socket, silence_s: float) -> None:
+    # With this set, the number of probes without an answer does not count.
+    longest_ms = min(max(silence_s, SILENCE_S) * 1e3, _LONGEST_MS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(longest_ms))
 
 
 def endpoint_text(address: str, port: int) -> str:

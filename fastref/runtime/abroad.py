@@ -15,7 +15,7 @@ from fastref._core import MirrorHolder, table_sizes
 from fastref.channels.channel import Inbox
 from fastref.channels.tcp import TcpChannel, TcpLoop
 from fastref.protocol import session
-from fastref.rendezvous import Door, TcpLink, WorkerRecord, tolerate
+from fastref.rendezvous import Door, TcpLink, WorkerRecord
 from fastref.runtime.post import use_warm_memory
 from fastref.runtime.sessions import Sessions
 
@@ -76,8 +76,8 @@ class Abroad:
         # After half of its time that worker, for its part, takes this one's silence for a break.
         self._channels[rank] = TcpChannel(self._loop, rank, silence_s=link.record.silence_ms / 2e3)
         self._sessions.add(link.record, self._channels[rank])
+        link.tolerate(self._silence_s)
         self._sockets[rank] = link.take_socket()
-        tolerate(self._sockets[rank], self._silence_s)
         return self._channels[rank]
 
     def begin(self) -> None:

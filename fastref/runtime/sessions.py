@@ -15,7 +15,7 @@ from fastref.channels.tcp import TcpChannel
 from fastref.errors import FastrefError, ProtocolError, RendezvousError, UsageError
 from fastref.protocol import session
 from fastref.protocol.session import Session
-from fastref.rendezvous import CLOSED, LINK_FAILED, Door, Message, StreamConnection, WorkerRecord, refuse, tolerate
+from fastref.rendezvous import CLOSED, LINK_FAILED, Door, Message, StreamConnection, WorkerRecord, refuse
 from fastref.rendezvous.fields import read_integer, read_object, read_text
 from fastref.rendezvous.hellos import refusal_of
 
@@ -294,8 +294,8 @@ class Sessions:
 
     def _go_on(self, rank: int, connection: StreamConnection, received: int) -> None:
         channel = self._channels[rank]
+        connection.tolerate(self._patience_s)
         taken = connection.take_socket()
-        tolerate(taken, self._patience_s)
         try:
             channel.attach(taken.fileno(), received)
         except ProtocolError as error:
