@@ -142,6 +142,10 @@ class RpcBackendOptions:
         environment says, else the file that ``FASTREF_TOKEN_FILE`` names. Without one no other host is let in.
     tls : TlsFiles, optional
         Encrypt what goes over TCP. All workers of a job do, or none.
+    address : str, optional
+        Where workers of other hosts reach this one: an address or name of this host, or the name of one of its network
+        interfaces. None: what ``FASTREF_ADDRESS``, ``FASTREF_INTERFACE`` or torch's ``TP_SOCKET_IFNAME`` in the
+        environment says, else the address from which the store is reached.
     peer_timeout : float
         Seconds after which a worker of another host of which nothing is heard, not even a sign of life, counts as dead.
         A connection that breaks before that is made again meanwhile.
@@ -149,8 +153,8 @@ class RpcBackendOptions:
     Raises
     ------
     TypeError
-        When ``rpc_timeout`` or ``num_worker_threads`` is no number, ``init_method`` or ``token`` no string, or ``tls``
-        no ``TlsFiles``.
+        When ``rpc_timeout`` or ``num_worker_threads`` is no number, ``init_method``, ``token`` or ``address`` no
+        string, or ``tls`` no ``TlsFiles``.
     UsageError
         When a value is out of range.
     """
@@ -169,6 +173,7 @@ class RpcBackendOptions:
         switch_interval: float | None = None,
         token: str | None = None,
         tls: TlsFiles | None = None,
+        address: str | None = None,
         peer_timeout: float = 15.0,
     ) -> None:
         self.rpc_timeout = rpc_timeout
@@ -194,6 +199,8 @@ class RpcBackendOptions:
             raise TypeError(f"{_AS_TORCH}token is a string, got a {type(token).__name__}")
         if tls is not None and not isinstance(tls, TlsFiles):
             raise TypeError(f"{_AS_TORCH}tls is a TlsFiles, got {tls!r}")
+        if address is not None and not isinstance(address, str):
+            raise TypeError(f"{_AS_TORCH}address is a string, got {address!r}")
         self.init_method = init_method
         self.num_worker_threads = operator.index(num_worker_threads)
         self.table_bits = table_bits
@@ -202,6 +209,7 @@ class RpcBackendOptions:
         self.switch_interval = switch_interval
         self.token = token
         self.tls = tls
+        self.address = address
         self.peer_timeout = float(peer_timeout)
 
     def __repr__(self) -> str:

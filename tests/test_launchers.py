@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import fastref.rpc as rpc
 from fastref.errors import RendezvousError, UsageError
 from fastref.identity import loopback_token
 from fastref.rendezvous import (
@@ -186,12 +188,18 @@ def test_an_address_or_an_interface_can_be_asked_for():
     assert asked.is_loopback and asked.why == "FASTREF_ADDRESS"
     of_interface = choose_address("10.0.0.1", None, {"FASTREF_INTERFACE": "lo"})
     assert (of_interface.text, of_interface.why) == ("127.0.0.1", "FASTREF_INTERFACE=lo")
+    as_for_torch = choose_address("10.0.0.1", None, {"TP_SOCKET_IFNAME": "lo"})
+    assert (as_for_torch.text, as_for_torch.why) == ("127.0.0.1", "TP_SOCKET_IFNAME=lo")
+    by_option = choose_address("10.0.0.1", "lo", {"FASTREF_ADDRESS": "10.0.0.1"})
+    assert (by_option.text, by_option.why) == ("127.0.0.1", "the option address=lo")
 
 
 @pytest.mark.parametrize(
     ("option", "environment", "text"),
     [
-        ("192.0.2.7", {}, "the option address must be an address of this host, '192.0.2.7' is none"),
+        ("192.0.2.7", {}, "the option address must be an address of this host, '192.0.2.7' is none; .*interfaces.*lo"),
+        ("eth77", {}, "the option address must be an address of this host, 'eth77' is none; .*interfaces.*lo"),
+        (None, {"TP_SOCKET_IFNAME": "eth77"}, "TP_SOCKET_IFNAME=eth77: this host has no such interface, it has .*lo"),
         (None, {"FASTREF_ADDRESS": "no such host"}, "FASTREF_ADDRESS must be an address of this host"),
         (None, {"FASTREF_INTERFACE": "eth77"}, "FASTREF_INTERFACE=eth77: this host has no such interface, it has .*lo"),
     ],
@@ -199,6 +207,27 @@ def test_an_address_or_an_interface_can_be_asked_for():
 def test_what_is_no_address_of_this_host_is_refused(option, environment, text):
     with pytest.raises(UsageError, match=text):
         choose_address(None, option, environment)
+
+
+@pytest.mark.parametrize("kind", [rpc.RpcBackendOptions, rpc.TensorPipeRpcBackendOptions])
+def test_a_worker_listens_where_its_options_say(environ, tmp_path, caplog, kind):
+    environ.setenv("FASTREF_TRANSPORT", "tcp")
+
+    def join(address: str | None) -> None:
+        options = kind(rpc_timeout=5.0, init_method=f"file://{tmp_path}/{address}", address=address)
+        rpc.init_rpc("alone", rank=0, world_size=1, rpc_backend_options=options)
+        rpc.shutdown()
+
+    environ.setenv("FASTREF_TOKEN", SECRET)
+    with caplog.at_level(logging.INFO, logger="fastref"):
+        join("lo")
+    assert (
+        "listening at 127.0.0.1:" in caplog.text and "for workers of other hosts: the option address=lo" in caplog.text
+    )
+    with pytest.raises(UsageError, match="the option address must be an address of this host, 'eth77' is none"):
+        join("eth77")
+    with pytest.raises(TypeError, match="address is a string, got 7"):
+        kind(address=7)
 
 
 def test_a_name_that_means_loopback_only_here_is_not_told_to_others(monkeypatch):

@@ -17,6 +17,7 @@ from fastref.errors import UsageError
 __all__ = ["ADDRESS_VARIABLE", "INTERFACE_VARIABLE", "LOOPBACK", "Address", "choose_address"]
 
 ADDRESS_VARIABLE, INTERFACE_VARIABLE = "FASTREF_ADDRESS", "FASTREF_INTERFACE"
+TORCHS_VARIABLE = "TP_SOCKET_IFNAME"  # by which torch's own agent goes
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 _IFREQ = struct.Struct("16s24x")
 # Connecting a socket for datagrams sends nothing; it only asks the system which way it would send them.
@@ -54,15 +55,15 @@ def choose_address(
 ) -> Address:
     """Return the address of this host to listen at.
 
-    The first of these: ``option``; ``FASTREF_ADDRESS``; the address of the interface that ``FASTREF_INTERFACE`` names;
-    the one from which the store is reached; the one of the default route; loopback.
+    The first of these: ``option``; ``FASTREF_ADDRESS``; the address of the interface that ``FASTREF_INTERFACE`` or
+    ``TP_SOCKET_IFNAME`` names; the one from which the store is reached; the one of the default route; loopback.
 
     Parameters
     ----------
     store_host : str or None
         Where the store of the job listens, None where that is not known.
     option : str or None
-        An address or a name of this host.
+        An address or a name of this host, or of one of its interfaces.
     environ : mapping
         The environment.
 
@@ -71,12 +72,15 @@ def choose_address(
     UsageError
         What was asked for is no address of this host.
     """
+    if option in _interfaces():
+        return _of_interface(option, "the option address")
     if option:
         return _named(option, "the option address")
     if given := environ.get(ADDRESS_VARIABLE):
         return _named(given, ADDRESS_VARIABLE)
-    if interface := environ.get(INTERFACE_VARIABLE):
-        return Address(_of_interface(interface), f"{INTERFACE_VARIABLE}={interface}")
+    for variable in (INTERFACE_VARIABLE, TORCHS_VARIABLE):
+        if interface := environ.get(variable):
+            return _of_interface(interface, variable)
     if store_host:
         for target in _addresses_of(store_host):
             source = _source_towards(target)
@@ -94,7 +98,9 @@ def _named(name: str, where: str) -> Address:
         with contextlib.suppress(OSError), socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
             return Address(address, where)
-    raise UsageError(f"{where} must be an address of this host, {name!r} is none")
+    raise UsageError(
+        f"{where} must be an address of this host, {name!r} is none; its interfaces are {', '.join(_interfaces())}"
+    )
 
 
 def _addresses_of(name: str) -> list[str]:
@@ -121,19 +127,23 @@ def _means_loopback(host: str) -> bool:
         return host.lower().rstrip(".") in ("localhost", "ip6-localhost", "ip6-loopback")
 
 
-def _of_interface(name: str) -> str:
-    names = [known for _, known in socket.if_nameindex()]
-    if name not in names:
-        raise UsageError(f"{INTERFACE_VARIABLE}={name}: this host has no such interface, it has {', '.join(names)}")
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+def _of_interface(name: str, where: str) -> Address:
+    if name not in _interfaces():
+        has = ", ".join(_interfaces())
+        raise UsageError(f"{where}={name}: this host has no such interface, it has {has}")
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         answer = fcntl.ioctl(probe, _SIOCGIFADDR, _IFREQ.pack(os.fsencode(name)))
-        return socket.inet_ntop(socket.AF_INET, answer[20:24])
+        return Address(socket.inet_ntop(socket.AF_INET, answer[20:24]), f"{where}={name}")
     for line in _read(Path("/proc/net/if_inet6")).splitlines():
         digits, *_, owner = line.split()
         address = ipaddress.IPv6Address(bytes.fromhex(digits))
         if owner == name and not address.is_link_local:
-            return str(address)
-    raise UsageError(f"{INTERFACE_VARIABLE}={name}: that interface has no address that others can use")
+            return Address(str(address), f"{where}={name}")
+    raise UsageError(f"{where}={name}: that interface has no address that others can use")
 
 
 def _read(path: Path) -> str:

@@ -159,7 +159,14 @@ class Runtime(GroupKeeper):
         directory = job_directory(run_root(), job_name(options.init_method))
         # First of all: over it a worker that fails in what follows can be heard.
         self._listener = Listener(directory, self._lock.instance)
-        self._door = open_door(self._listener, options.init_method, store, token=options.token, tls=options.tls)
+        self._door = open_door(
+            self._listener,
+            options.init_method,
+            store,
+            token=options.token,
+            address=options.address,
+            tls=options.tls,
+        )
         failpoint("rendezvous.listening")
         check_worker_name(name)
         check_numbers(rank, world_size)
