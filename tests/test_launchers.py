@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A gang that torchrun starts again after a worker was killed does its work, and nobody of its first life gets in."""
+"""Jobs as launchers start them: torchrun, and again after a worker was killed; Slurm by what it says to each task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import fastref.rpc as rpc
 from tests.hosts import Host, hosts
+from tests.world import far_peers
 
 PATIENCE_S = 100.0
 SECRET = "the token of a gang of two hosts"
@@ -47,6 +49,31 @@ def test_a_gang_of_two_hosts_goes_on_however_torchrun_counts_its_starts(
         run_gang(room, scheme, str(tmp_path), survivors)
         told = outcome(tmp_path, starts)
         assert re.search(r"was restarted: worker 'w3' .* is of start 0, and worker 'w2' .* of start 1", told)
+
+
+def test_slurms_tasks_on_two_hosts_need_nothing_but_the_token(mp_context: ForkServerContext) -> None:
+    job = {"SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_JOB_ID": "4711"}
+    with hosts(2, mp_context) as room:
+        tasks = [
+            host.hire(
+                f"w{2 * number + local}",
+                {**job, "SLURM_PROCID": f"{2 * number + local}", "SLURM_LOCALID": f"{local}", "FASTREF_TOKEN": SECRET},
+            )
+            for number, host in enumerate(room)
+            for local in range(2)
+        ]
+        for task in tasks:
+            task.order(rpc.init_rpc, task.name)
+        for task in tasks:
+            task.outcome()
+        assert [task.do(far_peers) for task in tasks[::3]] == [
+            {"w1": False, "w2": True, "w3": True},
+            {"w0": True, "w1": True, "w2": False},
+        ]
+        for task in tasks:
+            task.order(rpc.shutdown)
+        for task in tasks:
+            task.outcome()
 
 
 def run_gang(room: Sequence[Host], scheme: str, *arguments: str) -> None:
