@@ -22,7 +22,7 @@ from tests.puppets import Cell
 from tests.watchdog import arm
 
 PATIENCE_S = 60.0
-LEFTOVER_S = 2.0  # a second is what it takes to be told; the rest is for the store
+LEFTOVER_S = 1.0
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from fastref.bench import ROWS, Comparison, Effort, Group, Reach, Row, Summary, compare
 from fastref.bench.__main__ import main
+from fastref.bench.backends import BACKENDS
 from fastref.bench.caller import Caller
 from fastref.bench.group import burner
 from fastref.bench.line import LINE_BYTES, Line
@@ -75,8 +76,16 @@ def test_torch_fills_every_row_with_a_positive_figure(measured):
         assert summary.p50 > 0 and summary.operations > 0, row
 
 
-def test_what_is_held_to_tcp_fills_the_rows_of_wires():
-    backends = ("torch_tcp", "fastref_tcp", "sockets")
+@pytest.mark.parametrize(
+    "backends",
+    [
+        ("torch_tcp", "fastref_tcp", "sockets"),
+        pytest.param(("torch_veth", "fastref_veth", "sockets_veth"), marks=pytest.mark.gates),
+    ],
+)
+def test_what_is_held_to_tcp_fills_the_rows_of_wires(backends):
+    if "CI" not in os.environ and (reason := BACKENDS[backends[0]].missing()):
+        pytest.skip(f"no two hosts here: {reason}")
     compared = compare(backends, ROW_GROUPS["wires"], rounds=1, effort=TINY)
     for backend in backends:
         assert list(compared.rounds[0][backend]) == ROW_GROUPS["wires"]

@@ -32,7 +32,7 @@ def test_a_gang_that_torchrun_restarts_goes_on_without_one_of_its_first_life(tmp
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WorkerDied: worker 'w1'" in done.stderr
-    assert "waited 2 s for the 2 workers" in outcome(tmp_path, [1, 1])
+    assert "waited 1 s for the 2 workers" in outcome(tmp_path, [1, 1])
 
 
 @pytest.mark.gates

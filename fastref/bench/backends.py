@@ -12,10 +12,11 @@ from typing import Any
 from fastref.bench.caller import worker_name
 from fastref.bench.contract import Backend
 from fastref.bench.floors import LineBackend, MemoryBackend, PipeBackend
+from fastref.bench.hosts import ADDRESSES, why_not_two_hosts
 from fastref.bench.objects import ObjectCaller, RpcPeer
 from fastref.bench.peers import PEERS
 from fastref.bench.tensors import TensorCaller
-from fastref.bench.wires import WIRE_ROWS, WIRES, WireCaller, free_port
+from fastref.bench.wires import LOOPBACK, WIRE_ROWS, WIRES, WireCaller, free_port
 from fastref.errors import FastrefError
 
 __all__ = ["BACKENDS", "RpcBackend"]
@@ -48,6 +49,7 @@ class RpcBackend:
     world_size = 3
     offers = _OFFERED_BY_CALLER
     observed = True
+    apart = False
     optional = False
     settings: dict[str, Any] = {}  # further options
 
@@ -62,7 +64,7 @@ class RpcBackend:
 
     @contextmanager
     def address(self) -> Iterator[str]:
-        yield f"tcp://127.0.0.1:{free_port()}"
+        yield f"tcp://{ADDRESSES[0] if self.apart else LOOPBACK}:{free_port()}"
 
     def load(self) -> None:
         self._rpc = importlib.import_module(self._module_name)
@@ -101,6 +103,8 @@ class RpcOverTcp(RpcBackend):
     ----------
     name, module
         As for ``RpcBackend``.
+    apart : bool
+        Worker 0 is on another host than the others.
     settings : dict
         Of its ``TensorPipeRpcBackendOptions``.
     environment : dict
@@ -110,9 +114,15 @@ class RpcOverTcp(RpcBackend):
     offers = WIRE_ROWS
     observed = False
 
-    def __init__(self, name: str, module: str, settings: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, module: str, apart: bool, settings: dict[str, Any], environment: dict[str, str]
+    ) -> None:
         super().__init__(name, module, "TensorPipeRpcBackendOptions", import_counts=False)
+        self.apart = self.optional = apart  # not every system lets anybody make hosts
         self.settings, self._environment = settings, environment
+
+    def missing(self) -> str | None:
+        return why_not_two_hosts() if self.apart else None
 
     def join(self, rank: int, world_size: int, address: str) -> RpcCaller | WireCaller:
         os.environ.update(self._environment)
@@ -131,8 +141,14 @@ BACKENDS: dict[str, Backend] = {
         PipeBackend(),
         LineBackend(),
         MemoryBackend(),
-        RpcOverTcp("torch_tcp", "torch.distributed.rpc", {"_transports": ["uv"], "_channels": ["basic"]}, {}),
-        RpcOverTcp("fastref_tcp", "fastref.rpc", {}, {"FASTREF_TRANSPORT": "tcp"}),
+        *(
+            RpcOverTcp(f"{name}_{suffix}", module, apart, settings, environment)
+            for suffix, apart in (("tcp", False), ("veth", True))
+            for name, module, settings, environment in (
+                ("torch", "torch.distributed.rpc", {"_transports": ["uv"], "_channels": ["basic"]}, {}),
+                ("fastref", "fastref.rpc", {}, {"FASTREF_TRANSPORT": "tcp"}),
+            )
+        ),
         *WIRES,
     )
 }

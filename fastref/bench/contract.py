@@ -27,6 +27,7 @@ class Backend(Protocol):
     offers: frozenset[str]  # names of methods of what join returns
     observed: bool  # whether start, memory and idleness are asked of it
     import_counts: bool  # whether importing the backend is memory that it costs
+    apart: bool  # whether worker 0 is on another host than the others
     optional: bool  # whether the comparison goes on without it when it cannot be had or fails
 
     def missing(self) -> str | None:

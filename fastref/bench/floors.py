@@ -54,6 +54,7 @@ class _Floor:
 
     observed = False
     import_counts = False
+    apart = False
     optional = False
 
     def missing(self) -> str | None:

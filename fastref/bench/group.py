@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -20,6 +20,7 @@ import fastref.errors
 from fastref.bench import child, costs
 from fastref.bench.backends import BACKENDS
 from fastref.bench.caller import worker_name
+from fastref.bench.hosts import Hosts, two_hosts
 from fastref.bench.timing import Effort, Summary, summarize
 from fastref.bench.worker import Join, Leave, Load, Measure
 from fastref.errors import CallTimeout, FastrefError, WorkerDied
@@ -76,8 +77,9 @@ class Group:
         """Start the processes; return when all have imported torch and the backend."""
         try:
             self._address = self._cleanup.enter_context(self._backend.address())
+            hosts = self._cleanup.enter_context(two_hosts()) if self._backend.apart else Hosts()
             for rank in range(self._workers):
-                member = _Member(rank, self._backend.name, self._limit_s)
+                member = _Member(rank, self._backend.name, self._limit_s, hosts)
                 self._cleanup.callback(member.end)
                 self._members.append(member)
             self._answers()
@@ -168,13 +170,15 @@ class Group:
 class _Member:
     """The starter's end of one worker process."""
 
-    def __init__(self, rank: int, backend: str, limit_s: int) -> None:
+    def __init__(self, rank: int, backend: str, limit_s: int, hosts: Hosts) -> None:
         self._rank, self._name = rank, f"{backend} {worker_name(rank)}"
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
         self.requests: Connection
         self.requests, theirs = Pipe()
         with theirs:
-            self._process = _start_child("work", limit_s, fd=theirs.fileno(), stderr=self._stderr)
+            self._process = _start_child(
+                "work", limit_s, theirs.fileno(), self._stderr, hosts.commands[rank > 0], hosts.environment
+            )
         self.pid = self._process.pid
 
     def send(self, request: object) -> None:
@@ -258,13 +262,18 @@ def burner(limit_s: int = CHILD_LIMIT_S) -> Iterator[int]:
 
 
 def _start_child(
-    role: str, limit_s: int, fd: int | None = None, stderr: IO[bytes] | None = None
+    role: str,
+    limit_s: int,
+    fd: int | None = None,
+    stderr: IO[bytes] | None = None,
+    command: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     search = [_IMPORT_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     arguments = [role, str(os.getpid()), str(limit_s), *([] if fd is None else [str(fd)])]
     return subprocess.Popen(
-        [sys.executable, *_RUN_CHILD, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
+        [*command, sys.executable, *_RUN_CHILD, *arguments],
+        env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(search)},
         stdin=subprocess.DEVNULL,
         stdout=stderr,
         stderr=stderr,

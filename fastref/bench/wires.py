@@ -1,4 +1,7 @@
-"""What goes between hosts, on one: the rows of what is held to TCP, ZeroMQ over it, and plain sockets as the floor."""
+"""What goes between hosts: the rows of what is held to TCP, ZeroMQ over it, and plain sockets as the floor.
+
+Over loopback, and between two hosts on one machine.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from fastref.bench.contract import Backend
+from fastref.bench.hosts import ADDRESSES, why_not_two_hosts
 from fastref.bench.objects import ObjectCaller
 from fastref.bench.peers.base import PeerBackend, wait_for_servers
 from fastref.bench.peers.bytesfloor import TOUCH, BytesFloor, Server
 from fastref.bench.peers.zeromq import ZeroMqFloor
 from fastref.bench.timing import Effort, Summary
 
-__all__ = ["WIRES", "WIRE_ROWS", "WireCaller", "free_port"]
+__all__ = ["LOOPBACK", "WIRES", "WIRE_ROWS", "WireCaller", "free_port"]
+
+LOOPBACK = "127.0.0.1"
 
 
 def free_port() -> int:
     """Return a port of the loopback that nobody has."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
     return port
 
@@ -60,11 +66,19 @@ WIRE_ROWS = frozenset(name for name in vars(WireCaller) if name.startswith("wire
 
 
 class _OverTcp(PeerBackend):
-    """Worker 1 serves at a port of the loopback."""
+    """Worker 1 serves at a port of the loopback or, ``apart``, of another host than that of worker 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, apart: bool) -> None:
         super().__init__()
+        self.name, self.apart = name, apart
         self.offers = WIRE_ROWS
+
+    def missing(self) -> str | None:
+        return super().missing() or (why_not_two_hosts() if self.apart else None)
+
+    def place(self, address: str) -> tuple[str, int]:
+        """Return address and port where worker 1 serves."""
+        return ADDRESSES[1] if self.apart else LOOPBACK, int(Path(address, "port").read_text())
 
     @contextmanager
     def address(self) -> Iterator[str]:
@@ -82,10 +96,9 @@ class _OverTcp(PeerBackend):
 class ZeroMqOverTcp(_OverTcp, ZeroMqFloor):
     """As ``ZeroMqFloor``, over TCP."""
 
-    name = "zmq_tcp"
-
     def endpoint(self, address: str) -> str:
-        return f"tcp://127.0.0.1:{_port(address)}"
+        host, port = self.place(address)
+        return f"tcp://{host}:{port}"
 
 
 class SocketWire:
@@ -137,16 +150,15 @@ class SocketWire:
 class SocketFloor(_OverTcp, BytesFloor):
     """What one plain socket moves, sent and received in turn."""
 
-    name = "sockets"
     package = "socket"
     installed_as = "python"
     world_size = 2
 
     def wire(self, address: str) -> SocketWire:
-        return SocketWire(socket.create_connection(("127.0.0.1", _port(address))))
+        return SocketWire(socket.create_connection(self.place(address)))
 
     def serve(self, rank: int, address: str) -> None:
-        listener = socket.create_server(("127.0.0.1", _port(address)))
+        listener = socket.create_server(self.place(address))
         threading.Thread(target=_serve_sockets, args=(listener,), name="server", daemon=True).start()
 
 
@@ -160,8 +172,9 @@ def _serve_sockets(listener: socket.socket) -> None:
         wire.close()
 
 
-def _port(address: str) -> int:
-    return int(Path(address, "port").read_text())
-
-
-WIRES: list[Backend] = [ZeroMqOverTcp(), SocketFloor()]
+WIRES: list[Backend] = [
+    ZeroMqOverTcp("zmq_tcp", apart=False),
+    SocketFloor("sockets", apart=False),
+    ZeroMqOverTcp("zmq_veth", apart=True),
+    SocketFloor("sockets_veth", apart=True),
+]

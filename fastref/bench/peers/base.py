@@ -37,6 +37,7 @@ class PeerBackend:
     lacks: frozenset[str] = frozenset()  # rows that have no meaning for it
     observed = False
     import_counts = False
+    apart = False
     optional = True
 
     def __init__(self) -> None:
