@@ -28,18 +28,23 @@ from tests.pieces import (
     Direction,
     Piece,
     Script,
+    Stall,
     Step,
+    Write,
     as_it_is,
     corrupted,
     cut_after,
+    stalled_after,
 )
 from tests.proxy import Proxy
 
 HANDSHAKE = {ASKER: (72, 40), LISTENER: (72, 40)}
 LEAVING = 1
 LENT = 1 << 16  # elements
+HELD_UP_S = 1.0
 
 _proxies: list[Proxy] = []
+_first_script: list[Script] = [as_it_is]
 _executions: Counter[Any] = Counter()
 _kept: dict[Any, Any] = {}
 
@@ -54,7 +59,7 @@ def join_behind_a_proxy(name: str, rank: int, world_size: int, job: str, options
 
     def endpoint(door: Door) -> str:
         if not _proxies:
-            _proxies.append(Proxy(plain(door), None if options.get("tls") else HANDSHAKE, as_it_is))
+            _proxies.append(Proxy(plain(door), None if options.get("tls") else HANDSHAKE, _first_script[0]))
             _proxies[0].start()
         return _proxies[0].endpoint
 
@@ -76,6 +81,11 @@ def proxy_do(method: str, *arguments: Any) -> None:
 def use_script(make: Callable[..., Script], *arguments: Any) -> None:
     """Have ``make(*arguments)`` decide from here on what becomes of each piece."""
     _proxies[0].script = make(*arguments)
+
+
+def begin_with(make: Callable[..., Script], *arguments: Any) -> None:
+    """As ``use_script``, for a proxy that is not there yet."""
+    _first_script[0] = make(*arguments)
 
 
 def let_all_on() -> None:
@@ -397,6 +407,23 @@ def spoil_next(direction: Direction, at: int) -> Script:
             return as_it_is(piece)
         done.append(True)
         return corrupted(piece, at)
+
+    return script
+
+
+def start_slowly(held_up: str, cut: str) -> Script:
+    """Hold up the link that one worker asks for, and cut that of another when it has been made for a while."""
+
+    def script(piece: Piece) -> Sequence[Step]:
+        asks = piece.flow.messages[0] if piece.flow.messages else {}
+        if asks.get("kind") != "link-hello":
+            return as_it_is(piece)
+        name = asks["body"]["record"]["name"]
+        if piece.message is asks and name == held_up:
+            return stalled_after(piece, 0, HELD_UP_S)
+        if piece.message.get("kind") == "link-welcome" and name == cut:
+            return [Write(piece.data), Stall(HELD_UP_S / 4), Cut()]
+        return as_it_is(piece)
 
     return script
 

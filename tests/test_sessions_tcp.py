@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,9 +29,12 @@ def start(troupe: Troupe) -> Iterator[Start]:
         count: int = 2,
         peer_timeout: float = FAR_AWAY_S,
         join: Callable[..., None] = proxied.join_behind_a_proxy,
+        scripts: Mapping[int, tuple[object, ...]] | None = None,
         **options: object,
     ) -> list[Puppet]:
         started.extend(troupe.hire(f"w{rank}") for rank in range(count))
+        for rank, script in (scripts or {}).items():
+            started[rank].do(proxied.begin_with, *script)
         for rank, puppet in enumerate(started):
             puppet.order(join, puppet.name, rank, count, troupe.job, {"peer_timeout": peer_timeout, **options})
         for puppet in started:
@@ -144,6 +147,26 @@ def test_one_end_that_has_not_seen_the_break_is_told_by_the_other(
     assert_each_ran_once(alice, 20)
     assert_each_ran_once(bob, 20)
     troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize(
+    ("pair", "scripts"),
+    [
+        ((0, 1), {0: ("", "w1"), 1: ("w2", "")}),
+        ((2, 0), {0: ("w1", "w2")}),
+    ],
+    ids=["the one that waits to be asked", "the one that asks"],
+)
+def test_a_break_while_the_other_end_is_not_linked_with_all_yet_is_mended_too(
+    start: Start, troupe: Troupe, pair: tuple[int, int], scripts: dict[int, tuple[str, str]]
+) -> None:
+    # The first of the pair has all its links and misses that to the second, which waits for the third.
+    puppets = start(3, scripts={rank: (proxied.start_slowly, *names) for rank, names in scripts.items()})
+    first, second = (puppets[rank] for rank in pair)
+    first.do(proxied.call_in_a_row, second.name, 0, 5)
+    second.do(proxied.call_in_a_row, first.name, 0, 5)
+    assert [puppet.do(proxied.resumptions) for puppet in (first, second)] == [1, 1]
+    troupe.leave(puppets)
 
 
 def test_calls_wait_while_the_other_end_is_away_but_not_beyond_their_time(start: Start, troupe: Troupe) -> None:

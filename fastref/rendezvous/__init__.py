@@ -16,7 +16,17 @@ from fastref.rendezvous.group import (
     take_turn,
     unregister,
 )
-from fastref.rendezvous.hellos import CLOSED, GROUP_ASK, LEAVING, LINK_FAILED, Segments, check_same_build, refuse
+from fastref.rendezvous.hellos import (
+    CLOSED,
+    GROUP_ASK,
+    LEAVING,
+    LINK_FAILED,
+    SESSION_CALL,
+    SESSION_RESUME,
+    Segments,
+    check_same_build,
+    refuse,
+)
 from fastref.rendezvous.join import Membership, join
 from fastref.rendezvous.links import Link, TcpLink, read_link_hello, read_stream_hello
 from fastref.rendezvous.listening import MEMBER_SUFFIX, Listener, TcpListener
@@ -34,6 +44,8 @@ __all__ = [
     "LEAVING",
     "LINK_FAILED",
     "MEMBER_SUFFIX",
+    "SESSION_CALL",
+    "SESSION_RESUME",
     "Connection",
     "Credentials",
     "Door",

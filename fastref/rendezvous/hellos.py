@@ -19,6 +19,8 @@ __all__ = [
     "LEAVING",
     "LINK_FAILED",
     "MAGIC",
+    "SESSION_CALL",
+    "SESSION_RESUME",
     "LinkMaking",
     "Segments",
     "check_pid",
@@ -35,6 +37,9 @@ HEARD = "heard"
 """The refusal that means: you cannot start, and everybody is told."""
 JOIN_FAILED, LINK_FAILED = "join-failed", "link-failed"
 """What a worker that cannot start says: to the coordinator before the members are known, to every member then."""
+
+SESSION_RESUME, SESSION_CALL = "session-resume", "session-call"
+"""What a worker says whose link over TCP has broken: that it comes again, or that the other one should."""
 
 GROUP_ASK = "group-ask"
 """What a worker says to each member of the group that it wants to join."""

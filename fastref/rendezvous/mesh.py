@@ -19,6 +19,8 @@ from fastref.rendezvous.hellos import (
     CLOSED,
     LINK_FAILED,
     MAGIC,
+    SESSION_CALL,
+    SESSION_RESUME,
     Segments,
     check_pid,
     check_same_build,
@@ -41,6 +43,8 @@ _REASON_GRACE_S = 0.5
 # With a door: how often it is asked whether strangers have had their time, and those of whom nothing shows that they
 # live whether they still listen.
 _ROUND_S = 1.0
+# What is no nonsense, but nothing for one that is still being linked: a member that has all its links may miss one.
+_FOR_LATER = ("join-hello", SESSION_RESUME, SESSION_CALL)
 # How long a member that turns this one away is tried again, and how often.
 _TRY_S, _PAUSE_S = 5.0, 0.05
 
@@ -299,7 +303,7 @@ class _Mesh:
         except (ProtocolError, RendezvousError) as error:
             # A stranger or a latecomer: it is told, and the members do not wait for it.
             message.close()
-            refuse(visitor, CLOSED if message.kind == "join-hello" else str(error))
+            refuse(visitor, CLOSED if message.kind in _FOR_LATER else str(error))
             return
         self._links[link.record.rank] = link
         try:

@@ -15,7 +15,17 @@ from fastref.channels.tcp import TcpChannel
 from fastref.errors import FastrefError, ProtocolError, RendezvousError, UsageError
 from fastref.protocol import session
 from fastref.protocol.session import Session
-from fastref.rendezvous import CLOSED, LINK_FAILED, Door, Message, StreamConnection, WorkerRecord, refuse
+from fastref.rendezvous import (
+    CLOSED,
+    LINK_FAILED,
+    SESSION_CALL,
+    SESSION_RESUME,
+    Door,
+    Message,
+    StreamConnection,
+    WorkerRecord,
+    refuse,
+)
 from fastref.rendezvous.fields import read_integer, read_object, read_text
 from fastref.rendezvous.hellos import refusal_of
 
@@ -28,7 +38,7 @@ _PATIENCE_S = 5.0
 # So many may be at that at once; one more and the oldest has to go.
 _MOST_VISITORS = 64
 
-RESUME, RESUMED, CALL, HEARD = "session-resume", "session-resumed", "session-call", "session-heard"
+RESUMED, HEARD = "session-resumed", "session-heard"
 
 
 @dataclass
@@ -193,7 +203,7 @@ class Sessions:
             "attempt": attempt,
             "received": self._channels[rank].received,
         }
-        if self._say(connection, RESUME if self._sessions[rank].asks else CALL, body):
+        if self._say(connection, SESSION_RESUME if self._sessions[rank].asks else SESSION_CALL, body):
             self._watch(errand, functools.partial(self._hear_answer, errand))
         else:
             self._got_nowhere(rank, "it hung up")
@@ -215,7 +225,9 @@ class Sessions:
             elif message.kind == HEARD and not self._sessions[rank].asks:
                 self._handle(rank, session.Heard())
             elif message.kind == "refused":
-                self._handle(rank, session.Denied(refusal_of(message)))
+                sentence = refusal_of(message)
+                still_starts = session.Missed("it is not linked with all others yet")
+                self._handle(rank, still_starts if sentence == CLOSED else session.Denied(sentence))
             else:
                 raise ProtocolError(f"it answered with {message.kind!r}")
         except ProtocolError as error:
@@ -240,7 +252,7 @@ class Sessions:
         self._unwatch(errand)
         visitor = errand.connection
         try:
-            if message.kind not in (RESUME, CALL, LINK_FAILED):
+            if message.kind not in (SESSION_RESUME, SESSION_CALL, LINK_FAILED):
                 refuse(visitor, CLOSED)  # it wants to join, or to link: all have
                 return
             record = self._known(message)
@@ -249,7 +261,7 @@ class Sessions:
                 visitor.close()
                 return
             attempt = read_integer(message.body, "attempt")
-            if message.kind == CALL:
+            if message.kind == SESSION_CALL:
                 self._handle(record.rank, session.Called(attempt), visitor)
                 return
             errand.received, errand.rank = read_integer(message.body, "received"), record.rank
