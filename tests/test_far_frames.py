@@ -15,7 +15,7 @@ HEAD = struct.Struct(
 )  # kind, flags, references, slot, call, deadline, callable, payload, forks, forks behind
 BLOCK = struct.Struct("=QQII")  # offset, size, entry, generation
 NO_SLOT, NO_ENTRY = 0xFFFF, 0xFFFFFFFF
-PICKLED, IN_BLOCK, FORKS_IN_BLOCK, FORWARDED = 1, 2, 64, 256
+PICKLED, IN_BLOCK, METHOD, FORKS_IN_BLOCK, FORWARDED = 1, 2, 8, 64, 256
 
 
 def frame(kind: Kind, flags: int, payload: bytes, references: int = 0, slot: int = NO_SLOT, behind: int = 0) -> bytes:
@@ -34,6 +34,9 @@ WRONG = {
     "what is handed on": frame(Kind.PYTHON_CALL, FORWARDED, b"N"),
     "a note in a block": frame(Kind.GREETING, IN_BLOCK, block(16)),
     "an answer in a block": frame(Kind.PYTHON_RET, IN_BLOCK, block(16), slot=3),
+    "a value of nobody": frame(Kind.RREF_FETCH_CALL, 0, b""),
+    "a method of nobody": frame(Kind.PYTHON_CALL, METHOD, b"t\0\0\0\0"),
+    "a value to be kept nowhere": frame(Kind.PYTHON_REMOTE_CALL, 0, b"t\0\0\0\0"),
     "no frame": b"GET / HTTP/1.1\r\n\r\n",
 }
 

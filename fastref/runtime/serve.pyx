@@ -24,8 +24,8 @@ from fastref.runtime.calls cimport Pending
 from fastref.runtime.execute cimport Executor, Job
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.post cimport fr_thread, this_thread
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, INTERN, NO_SLOT,
-                                 PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block, fr_frame, next_fork,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_METHOD, FLAG_PICKLED, INTERN, NO_SLOT,
+                                 PYTHON_CALL, PYTHON_REMOTE_CALL, PYTHON_RET, RREF_FETCH_CALL, FrameView, fr_block, fr_frame, next_fork,
                                  parse_frame)
 
 from fastref.errors import PeerError, ProtocolError, ReferenceLost
@@ -366,6 +366,8 @@ cdef class Server(Executor):
             self.controls.append((peer, view.head.call if view.head.kind != INTERN else view.head.callable,
                                   view.head.kind, data, references))
             return None
+        if len(references) < _references_needed(&view.head):
+            raise ProtocolError(f"worker {peer.info.name!r} sent a frame of kind {view.head.kind} with {len(references)} references")
         job = Job.__new__(Job)
         job.head, job.peer, job.references = view.head, peer, references
         try:
@@ -377,7 +379,7 @@ cdef class Server(Executor):
                     job.payload = PyBytes_FromStringAndSize(payload, size)
                 job.lease, job.start, job.size = lease, payload, size
             elif view.head.flags & FLAG_FORWARDED:
-                job.body = self.decode_forwarded(payload, size, references, lease, self.site_of(&view.head))
+                job.body = self.decode_forwarded(payload, size, view.head.flags, references, lease, self.site_of(&view.head))
             elif size:
                 job.body = self.decode_any(payload, size, view.head.flags, references, lease)
         except Exception as error:
@@ -567,3 +569,10 @@ cdef class Server(Executor):
 
     def inbox_drained(self, rank: int) -> None:
         raise NotImplementedError
+
+
+cdef int _references_needed(const fr_frame* head) noexcept:
+    """What a call makes, whose value it fetches, and whose method it is: they come first."""
+    if head.kind == PYTHON_RET:
+        return 0
+    return (head.kind != PYTHON_CALL) + (head.kind != RREF_FETCH_CALL and head.flags & FLAG_METHOD != 0)
