@@ -12,6 +12,7 @@ __all__ = [
     "NotInitialized",
     "ForkedProcessError",
     "IdsExhausted",
+    "StrictModeError",
     "PeerError",
     "WorkerDied",
     "OwnerDied",
@@ -43,6 +44,13 @@ class ForkedProcessError(UsageError):
 
 class IdsExhausted(UsageError):
     """A worker has minted all ids that 48 bits can number."""
+
+
+class StrictModeError(UsageError):
+    """A strict job does not take this: what is not plain data, a callable or a method that is not registered, a pickle.
+
+    Raised where it would have been sent, or else by the worker that refuses it.
+    """
 
 
 class ResourceError(FastrefError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import logging
 import pickle
@@ -9,11 +10,13 @@ import traceback
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
+from fastref import errors
 from fastref.codec import mainmodule
 from fastref.codec.pickling import dumps, loads
-from fastref.errors import RemoteError
+from fastref.codec.stream import decode, encode
+from fastref.errors import ProtocolError, RemoteError, StrictModeError
 
-__all__ = ["encode_failure", "decode_failure", "raised_again"]
+__all__ = ["decode_failure", "decode_plain_failure", "encode_failure", "encode_plain_failure", "raised_again"]
 
 logger = logging.getLogger("fastref")
 
@@ -24,11 +27,7 @@ _SLOTS = ("errno", "strerror", "filename", "filename2")
 
 def encode_failure(error: BaseException, worker: Any) -> bytes:
     """Return what the caller needs to raise ``error`` again. ``worker``: where it was raised."""
-    original = error
-    kind = type(error)
-    if isinstance(error, RemoteError):  # raised further away; its type is what callers look for
-        original = error.__cause__ or error
-        kind = getattr(kind, "_original", kind)
+    original, kind = _origin(error)
     shown, trace = _safely(repr, error)[:LONGEST_TEXT], _traceback(error)[:LONGEST_TEXT]
     forms = [("", _pickled(original, False), _pickled(kind, False))]
     if mainmodule.owns(kind):  # by name for callers that run the same script, by value for others
@@ -45,6 +44,70 @@ def decode_failure(data: bytes) -> BaseException:
     original = _unpickled(instance, BaseException)
     kind = _unpickled(kind, type) if original is None else type(original)
     return raised_again(kind, original, text, remote_traceback, shown)
+
+
+def _origin(error: BaseException) -> tuple[BaseException, type]:
+    """Return what was raised at first, and its class: of what was raised further away callers look for these."""
+    if isinstance(error, RemoteError):
+        return error.__cause__ or error, getattr(type(error), "_original", type(error))
+    return error, type(error)
+
+
+# The classes that exceptions of strict jobs can have; groups are made of other exceptions.
+_PLAIN: dict[str, type[Exception]] = {
+    name: kind
+    for names in (vars(builtins), vars(errors))
+    for name, kind in names.items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, BaseExceptionGroup)
+}
+# What they keep outside their arguments.
+_ATTRIBUTES = frozenset(("filename", "filename2", "left", "name", "pid", "rank", "their_version", "worker"))
+
+
+def encode_plain_failure(error: BaseException, worker: Any) -> bytes:
+    """As ``encode_failure``, in plain data: the nearest class that all workers know; arguments if they are plain."""
+    original, kind = _origin(error)
+    texts = [str(worker), _safely(repr, error)[:LONGEST_TEXT], _traceback(error)[:LONGEST_TEXT]]
+    texts = [text.encode("utf-8", "backslashreplace").decode() for text in texts]
+    name = next((base.__name__ for base in kind.__mro__ if _PLAIN.get(base.__name__) is base), "")
+    if _PLAIN.get(name) is type(original):
+        attributes = {
+            at: getattr(original, at) for at in _ATTRIBUTES if isinstance(getattr(original, at, None), str | int)
+        }
+        references: list = []
+        data = encode((*texts, name, original.args, attributes), references)
+        if data is not None and not references:  # they travel in frames only
+            return data
+    data = encode((*texts, name, None, {}))
+    assert data is not None  # three texts and a name
+    return data
+
+
+def decode_plain_failure(data: bytes) -> BaseException:
+    """As ``decode_failure``, of what ``encode_plain_failure`` made; what is anything else is refused."""
+    try:
+        worker, shown, remote_traceback, name, args, attributes = decode(data)
+        kind = _PLAIN.get(name)
+        text = f"On {worker}:\n{shown}\n{remote_traceback}"
+        original = None if kind is None or args is None else _remade(kind, tuple(args), dict(attributes))
+    except (ProtocolError, TypeError, ValueError):
+        return StrictModeError(f"an exception came as {len(data)} bytes that are no plain data; this worker is strict")
+    return raised_again(kind, original, text, str(remote_traceback), str(shown))
+
+
+def _remade(kind: type[Exception], args: tuple, attributes: dict) -> Exception | None:
+    try:
+        if kind.__module__ == errors.__name__:
+            error = kind.__new__(kind, *args)
+        else:
+            error = kind(*args)
+        for name in _ATTRIBUTES & attributes.keys():
+            if isinstance(attributes[name], str | int):
+                setattr(error, name, attributes[name])
+    except Exception as refusal:  # arguments that are none of this class
+        logger.debug("%s refused: %s", kind.__qualname__, type(refusal).__qualname__)
+        return None
+    return error
 
 
 def raised_again(

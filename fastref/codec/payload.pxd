@@ -41,6 +41,7 @@ cdef class Encoder:
     cdef list kept                  # objects whose memory the segments point into
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
     cdef unsigned seen_count, containers
+    cdef bint plain                 # what is met again is somebody else's business, and no reason to say no
     cdef Span* spans                # memory of the tensors met, in its order
     cdef unsigned span_count, span_room
 

@@ -38,6 +38,7 @@ cdef class Encoder:
         """Empty the buffer, keeping its memory unless it has grown large."""
         self.size = self.segment_bytes = self.largest_in_place = 0
         self.segment_count = self.seen_count = self.containers = self.span_count = 0
+        self.plain = False
         if self.references:
             self.references = []
         if self.blocks:
@@ -158,6 +159,8 @@ cdef class Encoder:
         """Remember the memory of a tensor; False when it shares some with another, or there are too many to remember."""
         cdef unsigned low = 0, high = self.span_count, middle
         cdef Span* spans
+        if self.plain:
+            return True
         while low < high:
             middle = (low + high) // 2
             if self.spans[middle].end <= start:
@@ -181,6 +184,8 @@ cdef class Encoder:
     cdef bint first_meeting(self, object value) noexcept:
         """Remember a mutable object; False when it was met before, or when there are too many to remember."""
         cdef unsigned i
+        if self.plain:
+            return True
         for i in range(self.seen_count):
             if self.seen[i] == <void*>value:
                 return False

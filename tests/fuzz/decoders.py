@@ -7,11 +7,16 @@ not here: a peer that may send one may run code anyway.
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 
 import torch
 
 from fastref._core import ForkData, GloballyUniqueId
+from fastref.codec import plain
+from fastref.codec.failures import decode_plain_failure, encode_plain_failure
 from fastref.codec.stream import decode, encode
+from fastref.errors import ProtocolError, RemoteError, StrictModeError, WorkerDied
+from fastref.options import WorkerInfo
 from fastref.wire.frame import describe
 from fastref.wire.kinds import Kind
 from tests.fuzz import network
@@ -38,6 +43,23 @@ def _read_stream(data: bytes) -> None:
         decode(again)
 
 
+def _read_plain(data: bytes) -> None:
+    value = plain.decode(data, ["one", "two"])
+    try:
+        again = plain.encode(value)
+    except StrictModeError:  # text in the place of a reference, or an OrderedDict too deep for its attribute
+        return
+    plain.decode(again)
+
+
+def _read_failure(data: bytes) -> None:
+    error = decode_plain_failure(data)
+    if type(error) is StrictModeError:
+        raise ProtocolError("how it refuses what is none")
+    if not isinstance(error, RemoteError):
+        raise AssertionError("an exception that no call raises")
+
+
 def _read_fork(data: bytes) -> None:
     fork = ForkData.unpack(data)
     if ForkData.unpack(fork.pack()) != fork:
@@ -61,8 +83,21 @@ _VALUES = [
     torch.tensor(True),
     tuple(range(40)),
 ]
+_SHARED = [1]
+_PLAIN = [
+    *_VALUES, 1 << 100, 2j, "\ud800", {1, (2, 3)}, frozenset({"a"}), OrderedDict(a=1), torch.Size([1, 2]), torch.int8,
+    torch.device("cpu"), WorkerInfo("w", 1), [_SHARED, {"k": _SHARED}], torch.nn.Linear(1, 1).state_dict(), "x" * 4097,
+]  # fmt: skip
+_FAILURES = [
+    ValueError("a", 1),
+    OSError(2, "gone", "here"),
+    WorkerDied("w", 1, 2),
+    UnicodeDecodeError("a", b"", 0, 1, ""),
+]
 
 TARGETS = {
+    "plain": Target(_read_plain, [*map(plain.encode, _PLAIN), b"t\2\0\0\0R\0\0\0\0m\0\0\0\0"]),
+    "failure": Target(_read_failure, [encode_plain_failure(error, "w1") for error in _FAILURES]),
     "frame": Target(
         _read_frame,
         [_frame(kind, 0, [], b"payload") for kind in Kind]
