@@ -8,6 +8,7 @@ import logging
 from fastref import debug
 from fastref._version import __version__
 from fastref.api import Session, get_worker_info, init_rpc, is_available, remote, rpc_async, rpc_sync, shutdown
+from fastref.codec.registry import register
 from fastref.codec.sharing import share, shared_empty
 from fastref.errors import (
     CallTimeout,
@@ -23,6 +24,7 @@ from fastref.errors import (
     RemoteError,
     RendezvousError,
     ResourceError,
+    StrictModeError,
     UsageError,
     WorkerDied,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "ResourceError",
     "RpcBackendOptions",
     "Session",
+    "StrictModeError",
     "TlsFiles",
     "UsageError",
     "WorkerDied",
@@ -58,6 +61,7 @@ __all__ = [
     "get_worker_info",
     "init_rpc",
     "is_available",
+    "register",
     "remote",
     "rpc_async",
     "rpc_sync",

@@ -21,6 +21,7 @@ __all__ = [
 
 DEFAULT_RPC_TIMEOUT_SEC: float = 60.0
 DEFAULT_INIT_METHOD = "env://"
+STRICT_VARIABLE = "FASTREF_STRICT"
 ARENA_LIMIT_VARIABLE = "FASTREF_ARENA_LIMIT"
 INIT_METHOD_VARIABLE = "FASTREF_INIT_METHOD"  # set by fastref.spawn in its children
 DEFAULT_NUM_WORKER_THREADS = 16
@@ -149,6 +150,10 @@ class RpcBackendOptions:
     peer_timeout : float
         Seconds after which a worker of another host of which nothing is heard, not even a sign of life, counts as dead.
         A connection that breaks before that is made again meanwhile.
+    strict : bool, optional
+        Take registered callables, plain data and tensors from other workers, and never a pickle; see
+        ``fastref.rpc.register``. All workers of a job do, or none. None: what ``FASTREF_STRICT`` in the environment
+        says, 1 or 0, else False.
 
     Raises
     ------
@@ -175,6 +180,7 @@ class RpcBackendOptions:
         tls: TlsFiles | None = None,
         address: str | None = None,
         peer_timeout: float = 15.0,
+        strict: bool | None = None,
     ) -> None:
         self.rpc_timeout = rpc_timeout
         if init_method is None:
@@ -211,6 +217,7 @@ class RpcBackendOptions:
         self.tls = tls
         self.address = address
         self.peer_timeout = float(peer_timeout)
+        self.strict = _flag_in_environment(STRICT_VARIABLE) if strict is None else bool(strict)
 
     def __repr__(self) -> str:
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -235,6 +242,13 @@ def _seconds(rpc_timeout: object) -> float:
     if not timeout_s >= 0:  # what is not a number is none of seconds either
         raise UsageError(f"rpc_timeout is a number of seconds, 0 for ever, got {rpc_timeout!r}")
     return timeout_s
+
+
+def _flag_in_environment(variable: str) -> bool:
+    text = os.environ.get(variable, "").strip()
+    if text not in ("", "0", "1"):
+        raise UsageError(f"{variable} is 1 or 0, got {text!r}")
+    return text == "1"
 
 
 def _size_in_environment(variable: str) -> int | None:

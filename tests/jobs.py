@@ -45,7 +45,7 @@ class Job:
     world_size : int
     options : dict
         Arguments of ``RpcBackendOptions``, the init method excepted; ``kind`` is another class of options,
-        ``transport`` what ``FASTREF_TRANSPORT`` says to the workers.
+        ``transport`` what ``FASTREF_TRANSPORT`` says to the workers; ``last`` what the last one has instead.
     """
 
     def __init__(self, context: ForkServerContext, world_size: int, **options: Any) -> None:
@@ -168,12 +168,15 @@ def job_fixtures(world_size: int, variants: Sequence[dict[str, Any]] = ({},)) ->
 
 
 def _shown(options: dict[str, Any]) -> str:
-    return "-".join(f"{name}={value}" for name, value in options.items()) or "default"
+    return "-".join(f"{name}={value}" for name, value in options.items() if name != "last") or "default"
 
 
 def _work(pipe: Any, rank: int, world_size: int, options: dict[str, Any]) -> None:
     """Be a worker: join, follow orders, leave."""
     arm(JOB_LIFETIME_S)
+    last = options.pop("last", {})
+    if rank == world_size - 1:
+        options |= last
     kind = options.pop("kind", rpc.RpcBackendOptions)
     if transport := options.pop("transport", ""):
         os.environ["FASTREF_TRANSPORT"] = transport

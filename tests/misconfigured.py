@@ -219,6 +219,9 @@ CASES: dict[str, Case] = {
     "other_layout": Case(
         trio(w1=Part("w1", 1, 3, quirks=((have_layout, (99,)),))), f"{W1} has .*memory layout 99.*{W0} has .*layout"
     ),
+    "one_is_strict": Case(
+        trio(w1=Part("w1", 1, 3, options={"strict": True})), f"{W1} is strict and worker {W0} is not; all workers of"
+    ),
     "other_host": Case(
         trio(w1=Part("w1", 1, 3, quirks=((have_host, ("elsewhere:0:1",)),))), f"{W1} runs on elsewhere:0:1 and .*{W0}"
     ),

@@ -345,6 +345,20 @@ def test_who_has_gone_is_named_to_who_looks_for_it(troupe: Troupe, end: str, sai
 # ---- what is refused
 
 
+def test_a_strict_worker_joins_a_strict_group_only(troupe: Troupe) -> None:
+    one = enter(troupe, "one", 0, strict=True)
+    other = troupe.hire("other")
+    join(troupe, other, 1)
+    with pytest.raises(RendezvousError, match=r"worker 'one' \(.*\) is strict and worker 'other' \(.*\) is not"):
+        other.outcome()
+    assert one.do(members) == {"one": 0}
+    join(troupe, other, 1, strict=True)
+    other.outcome()
+    assert one.do(members) == {"one": 0, "other": 1}
+    for puppet in (other, one):
+        leave(puppet)
+
+
 def test_names_and_ranks_are_unique_among_the_living(troupe: Troupe) -> None:
     zero, one = enter(troupe, "w0", 0), enter(troupe, "w1", 1)
     late = troupe.hire("late")

@@ -204,6 +204,10 @@ MISTAKES: dict[str, tuple[list[tuple[Any, ...]], str]] = {
         [("alice", 0, 2, {"layout": 2}), ("bob", 1, 2)],
         rf"worker {BOB} has fastref 1.0 \(memory layout 1\), worker {ALICE} has fastref 1.0 \(memory layout 2\)",
     ),
+    "one is strict": (
+        [("alice", 0, 3), ("bob", 1, 3, {"strict": True}), ("carol", 2, 3)],
+        rf"worker {BOB} is strict and worker {ALICE} is not; all workers of a job are, or none: .*FASTREF_STRICT=1",
+    ),
     "another pid namespace": (
         [("alice", 0, 2), ("bob", 1, 2, {"host": "elsewhere:00000000:1"})],
         rf"worker {BOB} runs on elsewhere:00000000:1 and worker {ALICE} on .*: only workers of one host",

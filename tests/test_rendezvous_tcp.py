@@ -206,6 +206,10 @@ MISTAKES: dict[str, tuple[list[tuple[Any, ...]], str]] = {
         [("alice", 0, 2), ("bob", 1, 2, {"version": "0.9"})],
         rf"worker {BOB} has fastref 0.9 \(memory layout 1\), worker {ALICE} has fastref 1.0 \(memory layout 1\)",
     ),
+    "one is strict": (
+        [("alice", 0, 2, {"strict": True}), ("bob", 1, 2)],
+        rf"worker {ALICE} is strict and worker {BOB} is not; all workers of a job are, or none: .*FASTREF_STRICT=1",
+    ),
     "two coordinators": (
         [("alice", 0, 3), ("eve", 0, 3), ("bob", 1, 3)],
         r"two workers of job 'JOB' claim rank 0, .*: '(alice|eve)' \(.*\) and '(alice|eve)' \(",

@@ -88,10 +88,10 @@ class CallProfiler:
 
 
 def attach(runtime: Any) -> None:
-    """Have torch's profilers see the calls of a runtime."""
+    """Have torch's profilers see the calls of a runtime, unless it is strict: they go as arguments of another call."""
     use_profiler_flag(_profiler_flag())
     torch._C._distributed_rpc._set_profiler_node_id(runtime.rank)
-    runtime.profiler = CallProfiler(runtime)
+    runtime.profiler = None if runtime.strict else CallProfiler(runtime)
 
 
 def _profiler_flag() -> int:

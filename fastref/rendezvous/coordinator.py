@@ -240,6 +240,8 @@ class Coordinator:
         mine = self._record
         if record.world_size != mine.world_size:
             raise RendezvousError(sentences.world_sizes_differ(self._job, record, mine))
+        if record.strict != mine.strict:
+            raise RendezvousError(sentences.strictness_differs(record, mine))
         if record.rank >= mine.world_size:
             raise RendezvousError(sentences.out_of_range(self._job, record, mine))
         for rank, (seated, connection) in list(self._seats.items()):

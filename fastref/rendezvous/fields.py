@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from fastref.errors import ProtocolError
 
-__all__ = ["read_integer", "read_list", "read_object", "read_text", "parse_object"]
+__all__ = ["read_flag", "read_integer", "read_list", "read_object", "read_text", "parse_object"]
 
 MAX_TEXT_CHARACTERS = 4096
 
@@ -45,6 +45,11 @@ def read_integer(fields: dict[str, Any], name: str, *, least: int = 0, most: int
     if isinstance(value, bool) or not least <= value <= most:
         raise ProtocolError(f"field {name!r} must be an integer from {least} to {most}, it is {value!r}")
     return value
+
+
+def read_flag(fields: dict[str, Any], name: str) -> bool:
+    """Return the truth value in field ``name``."""
+    return _read(fields, name, bool)
 
 
 def read_object(fields: dict[str, Any], name: str) -> dict[str, Any]:

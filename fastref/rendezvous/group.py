@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastref._core import failpoint
 from fastref.errors import ProtocolError, RendezvousError, UsageError, WorkerDied
+from fastref.rendezvous import sentences
 from fastref.rendezvous.connection import Connection, Message, connect
 from fastref.rendezvous.fields import read_list, read_object
 from fastref.rendezvous.hellos import CLOSED, GROUP_ASK, LEAVING, MAGIC, Segments, check_same_build, refusal_of
@@ -253,7 +254,7 @@ def read_ask(visitor: Connection, message: Message, mine: WorkerRecord) -> Worke
     Raises
     ------
     RendezvousError
-        It has another version.
+        It has another version, or is strict and this worker is not, or the other way round.
     ProtocolError
         It is not who it says.
     """
@@ -261,6 +262,8 @@ def read_ask(visitor: Connection, message: Message, mine: WorkerRecord) -> Worke
     record = WorkerRecord.from_fields(read_object(message.body, "record"))
     if record.pid != visitor.pid:
         raise ProtocolError(f"field 'pid' says {record.pid}, the process at the other end is {visitor.pid}")
+    if record.strict != mine.strict:
+        raise RendezvousError(sentences.strictness_differs(record, mine))
     return record
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastref.errors import ProtocolError, UsageError
 from fastref.options import check_worker_name
-from fastref.rendezvous.fields import parse_object, read_integer, read_text
+from fastref.rendezvous.fields import parse_object, read_flag, read_integer, read_text
 from fastref.rendezvous.stream import parse_endpoint
 
 __all__ = ["WorkerRecord", "describe"]
@@ -57,6 +57,8 @@ class WorkerRecord:
         Of its reference table.
     silence_ms : int
         After how long without a sign of life it takes a worker of another host for dead.
+    strict : bool
+        It takes registered callables and plain data only.
     """
 
     name: str
@@ -75,6 +77,7 @@ class WorkerRecord:
     epoch: int = 0
     node: int = 0
     silence_ms: int = 15_000
+    strict: bool = False
 
     def __str__(self) -> str:
         return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
@@ -133,6 +136,7 @@ class WorkerRecord:
             epoch=read_integer(fields, "epoch"),
             node=read_integer(fields, "node"),
             silence_ms=read_integer(fields, "silence_ms", least=1, most=10**12),
+            strict=read_flag(fields, "strict"),
         )
 
     @classmethod

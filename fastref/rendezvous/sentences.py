@@ -19,6 +19,7 @@ __all__ = [
     "other_life",
     "out_of_range",
     "roll_call",
+    "strictness_differs",
     "unproved",
     "unreachable",
     "world_sizes_differ",
@@ -36,6 +37,15 @@ def duplicate(job: str, one: WorkerRecord, other: WorkerRecord) -> str:
 def world_sizes_differ(job: str, one: WorkerRecord, other: WorkerRecord) -> str:
     """Return the sentence for two workers that expect different worlds."""
     return f"workers of job {job!r} differ in world_size: {one} says {one.world_size}, {other} says {other.world_size}"
+
+
+def strictness_differs(one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for two workers of which one is strict."""
+    strict, lax = (one, other) if one.strict else (other, one)
+    return (
+        f"worker {strict} is strict and worker {lax} is not; all workers of a job are, or none: "
+        "RpcBackendOptions(strict=True), or FASTREF_STRICT=1"
+    )
 
 
 def out_of_range(job: str, worker: WorkerRecord, coordinator: WorkerRecord) -> str:

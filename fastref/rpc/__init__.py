@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fastref.api import get_worker_info, is_available, remote, rpc_async, rpc_sync
+from fastref.codec.registry import register
 from fastref.options import RpcBackendOptions, WorkerInfo
 from fastref.rpc import (
     absent,
@@ -79,6 +80,7 @@ __all__ = [
     "method_factory",
     "new_method",
     "options",
+    "register",
     "register_backend",
     "remote",
     "rpc_async",

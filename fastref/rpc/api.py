@@ -14,7 +14,8 @@ import torch
 
 from fastref import api
 from fastref.api import get_worker_info, remote, rpc_async, rpc_sync
-from fastref.errors import CallTimeout, PeerError, UsageError
+from fastref.codec.registry import register
+from fastref.errors import CallTimeout, PeerError, StrictModeError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT
 from fastref.rpc.agent import current_agent
 from fastref.rpc.collective import Gathering as AllGatherStates
@@ -76,6 +77,11 @@ def _use_rpc_pickler(rpc_pickler: Any) -> Iterator[None]:
     rpc_pickler : object
         ``serialize(obj) -> (bytes, tensors)`` and ``deserialize(bytes, tensors) -> obj``. Callees must use one that
         reads what it writes.
+
+    Raises
+    ------
+    StrictModeError
+        In a strict job, where nothing is unpickled.
     """
     global _default_pickler
     before = _default_pickler
@@ -88,8 +94,16 @@ def _use_rpc_pickler(rpc_pickler: Any) -> Iterator[None]:
 
 def _set_pickler(rpc_pickler: Any) -> None:
     global _default_pickler
+    if current_wiring() is not None:
+        check_pickler(rpc_pickler, current_wiring().strict)
     _default_pickler = rpc_pickler
     use_own_pickler()
+
+
+def check_pickler(rpc_pickler: Any, strict: bool) -> None:
+    """Raise ``StrictModeError`` when a job with such options cannot use a pickler."""
+    if strict and rpc_pickler is not _internal_rpc_pickler:
+        raise StrictModeError(f"a strict job pickles nothing, and cannot use {rpc_pickler!r}")
 
 
 def use_own_pickler() -> None:
@@ -158,6 +172,7 @@ def _wait_all() -> Iterator[None]:
 # ---- collectives
 
 
+@register
 def _gather_to_leader(sequence_id: str, worker_name: str, obj: Any, worker_names: set[str]) -> None:
     """On the leader: note what one worker gives."""
     states = gatherings().round(sequence_id)
@@ -168,6 +183,7 @@ def _gather_to_leader(sequence_id: str, worker_name: str, obj: Any, worker_names
         states.proceed_signal.set()
 
 
+@register
 def _broadcast_to_followers(sequence_id: str, objects_map: dict[str, Any]) -> None:
     """On a follower: note what all have given."""
     states = gatherings().round(sequence_id)
@@ -175,6 +191,7 @@ def _broadcast_to_followers(sequence_id: str, objects_map: dict[str, Any]) -> No
     states.proceed_signal.set()
 
 
+@register
 def _fail_followers(sequence_id: str, failure: str) -> None:
     """On a follower: note that the leader has given up."""
     states = gatherings().round(sequence_id)

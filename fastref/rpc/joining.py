@@ -27,6 +27,7 @@ def _start(store: Any, name: str, rank: int, world_size: int | None, rpc_backend
     """Join over a store that is there."""
     if not isinstance(rpc_backend_options, RpcBackendOptions):
         raise TypeError(f"`rpc_backend_options` must be a `TensorPipeRpcBackendOptions`. {rpc_backend_options}")
+    rpc_api.check_pickler(rpc_api._default_pickler, rpc_backend_options.strict)
     api.join(name, rank, world_size, rpc_backend_options, store)
     rpc_api.use_own_pickler()
     return RpcAgent(current_wiring())
@@ -75,7 +76,9 @@ def init_rpc(
     if backend is not None and not isinstance(backend, BackendType):
         raise TypeError("Argument backend must be a member of BackendType")
     if backend is None or backend in _own:
-        session = api.init_rpc(name, None, rank, world_size, _own_options(backend, rpc_backend_options))
+        options = _own_options(backend, rpc_backend_options) or RpcBackendOptions()
+        rpc_api.check_pickler(rpc_api._default_pickler, options.strict)
+        session = api.init_rpc(name, None, rank, world_size, options)
         rpc_api.use_own_pickler()
         return session
     options = rpc_backend_options or backend_registry.construct_rpc_backend_options(backend)

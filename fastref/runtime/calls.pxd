@@ -42,6 +42,7 @@ cdef class Caller(Publisher):
 
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
                      dict kwargs) except -1
+    cdef object _give_number(self, Peer peer, object func, object introduction, dict names, tuple parts)
     cdef uint32_t number_of(self, Peer peer, object func) except? 0xFFFFFFFF
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
     cdef object call_async(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)

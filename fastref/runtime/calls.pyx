@@ -28,7 +28,7 @@ import cython
 import torch
 
 from fastref.codec import mainmodule
-from fastref.codec.failures import decode_failure
+from fastref.codec.registry import by_name, name_of
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, WorkerDied
 from fastref.futures import Future
 
@@ -143,11 +143,11 @@ cdef class Caller(Publisher):
         if target is not None:
             body.references.append(target)
             head.callable = <uint32_t>hash(method) ^ target.fork.index
-            head.flags = FLAG_METHOD | self.encode_any(body, (method, args, kwargs or None), shares_main)
+            head.flags = FLAG_METHOD | self.encode_any(body, (method, args, kwargs or None), shares_main, "method")
             return 0
         head.callable = self.number_of(peer, func)
         if head.callable:
-            head.flags = self.encode_any(body, (args, kwargs or None), shares_main)
+            head.flags = self.encode_any(body, (args, kwargs or None), shares_main, "call")
         else:
             self.encode_pickled(body, (func, args, kwargs or None), shares_main)
             head.flags = FLAG_PICKLED
@@ -158,7 +158,9 @@ cdef class Caller(Publisher):
         cdef object known
         kind = type(func)
         if kind is not FunctionType and kind is not BuiltinFunctionType and kind is not type:
-            return 0
+            if not self.strict:
+                return 0
+            name_of(func)  # which says so, should it not even be hashable
         known = peer.numbers.get(func)
         if known is not None:
             number, names, parts = <tuple>known
@@ -172,8 +174,9 @@ cdef class Caller(Publisher):
 
     def _introduce(self, peer, func) -> int:
         """Tell the peer a number for a callable that it can find by name; 0 when it cannot."""
-        cdef fr_frame head
-        cdef Encoder body
+        if self.strict:
+            name = name_of(func)
+            return self._give_number(peer, func, name, by_name, (name,))
         module, qualname = getattr(func, "__module__", None), getattr(func, "__qualname__", None)
         if not isinstance(module, str) or not isinstance(qualname, str) or "<locals>" in qualname:
             return 0
@@ -188,15 +191,21 @@ cdef class Caller(Publisher):
             found = getattr(found, part, None)
         if found is not func:
             return 0
-        (<Peer>peer).numbers_given += 1
-        number = (<Peer>peer).numbers_given
+        return self._give_number(peer, func, (module, qualname), vars(home), parts)
+
+    cdef object _give_number(self, Peer peer, object func, object introduction, dict names, tuple parts):
+        """Tell the peer a number for what ``introduction`` says; ``names`` and ``parts`` lead to it here."""
+        cdef fr_frame head
+        cdef Encoder body
+        peer.numbers_given += 1
+        number = peer.numbers_given
         body = self.encoder()
         memset(&head, 0, sizeof(fr_frame))
         head.kind, head.slot, head.callable = INTERN, NO_SLOT, number
-        self.encode_any(body, (module, qualname), False)
+        self.encode_any(body, introduction, False, "name")
         self.post(peer, &head, body, 0)
         self.encoder_done(body)
-        (<Peer>peer).numbers[func] = (number, vars(home), parts)
+        peer.numbers[func] = (number, names, parts)
         return number
 
     # ---- synchronous
@@ -329,7 +338,7 @@ cdef class Caller(Publisher):
     cdef object outcome(self, Peer peer, const char* payload, uint64_t size, int flags, list references, Lease lease):
         """Return the result in an answer, or raise the exception in it."""
         if flags & FLAG_ERROR:
-            raise decode_failure(payload[:size])
+            raise self.decode_failure(payload[:size])
         if flags & FLAG_PUBLISHED:
             return PUBLISHED
         return self.decode_any(payload, size, flags, references, lease)

@@ -26,10 +26,10 @@ from fastref.runtime.references cimport ASK_TYPE, ASK_WHETHER_THERE, ReferenceCa
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PUBLISHED, NO_SLOT, PYTHON_REMOTE_CALL,
                                  PYTHON_RET, RREF_FETCH_CALL, fr_block, fr_frame)
 
-from fastref.codec.failures import decode_failure, encode_failure
 from fastref.codec.lookup import find_callable
+from fastref.codec.registry import find_method, find_registered
 from fastref.codec.script import type_name
-from fastref.errors import CallTimeout, PeerError, ProtocolError, RemoteError, ResourceError
+from fastref.errors import CallTimeout, PeerError, ProtocolError, RemoteError, ResourceError, StrictModeError
 from fastref.futures import Future
 
 __all__ = ["Executor", "Job"]
@@ -144,14 +144,14 @@ cdef class Executor(ReferenceCaller):
             body.arenas, body.receiver = self.arenas, job.peer.rank
         elif _may_be_large(job.body):
             job.alone = value_publishability(<PyObject*>job.body) != NOT_PUBLISHABLE
-        flags[0] = self.encode_any(body, job.body, job.peer.shares_main)
+        flags[0] = self.encode_any(body, job.body, job.peer.shares_main, "result")
         return body
 
     cdef Encoder conclude_failed(self, Job job, object error, int* flags):
         """As ``conclude``, of a function that raised, or whose result cannot travel."""
         cdef RRef rref
         cdef Encoder body
-        failure = encode_failure(error, self.info)
+        failure = self.encode_failure(error, self.info)
         if job.head.kind == PYTHON_REMOTE_CALL:
             if job.references and job.references[0] is not None:
                 rref = job.references[0]
@@ -238,17 +238,20 @@ cdef class Executor(ReferenceCaller):
             owned = (<RRef>job.references[1 if job.head.kind == PYTHON_REMOTE_CALL else 0]).owned
             method, args, kwargs = job.body
             if owned.settled == VALUE_FAILED:
-                raise decode_failure(owned.error)
+                raise self.decode_failure(owned.error)
             if method == ASK_TYPE:
                 return type(owned.value)
             if method == ASK_WHETHER_THERE:
                 return None
             if not owned.exposed:
                 self.expose(owned)
-            func = getattr(owned.value, method)
+            func = find_method(owned.value, method) if self.strict else getattr(owned.value, method)
         elif job.head.callable:
             args, kwargs = job.body
-            func = find_callable(job.peer.callables, job.head.callable, job.peer.info)
+            find = find_registered if self.strict else find_callable
+            func = find(job.peer.callables, job.head.callable, job.peer.info)
+        elif self.strict:
+            raise StrictModeError(f"{job.peer.info} sends what to call by value, and this worker is strict: it takes registered names only")
         else:
             func, args, kwargs = job.body
         job.body = None
@@ -396,7 +399,7 @@ cdef class Executor(ReferenceCaller):
     cdef int fail_job(self, Job job, object error) except -1:
         """Answer a job with an exception of our own."""
         cdef Encoder body = self.encoder()
-        failure = encode_failure(error, self.info)
+        failure = self.encode_failure(error, self.info)
         body.raw(<const char*>(<bytes>failure), len(failure))
         self.answer(job, body, FLAG_ERROR)
         self.encoder_done(body)

@@ -58,6 +58,9 @@ cdef class Post(Wiring):
     cdef uint64_t last_call
     cdef list _encoders
     cdef public double default_timeout_s
+    cdef readonly bint strict           # nothing is pickled or unpickled, and only what is registered can be called
+    cdef public object encode_failure   # how exceptions travel
+    cdef public object decode_failure
     cdef public int64_t slice_ns        # longest sleep on a futex; -1 only in tests
     cdef public object owned            # list: index of the entry -> OwnedValue
     cdef public uint64_t calls_sent
@@ -85,9 +88,10 @@ cdef class Post(Wiring):
     cdef int share(self, RRef rref) except -1
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1
     cdef int drain_while_waiting(self) except -1
-    cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1
+    cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
-    cdef object decode_forwarded(self, const char* payload, uint64_t size, list references, Lease lease, uint32_t site)
+    cdef object decode_forwarded(self, const char* payload, uint64_t size, int flags, list references, Lease lease,
+                                uint32_t site)
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease)
     cdef bint inherits(self, double timeout_s, int64_t deadline_ns) noexcept
     cdef object raise_timeout(self, Peer peer, what, double timeout_s, bint inherited)

@@ -1,5 +1,6 @@
 """Types of the compiled ``fastref.runtime.post``."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastref._core import Holder, IdGenerator, ReferenceTable
@@ -22,6 +23,8 @@ class Post(Wiring):
     owned: list[OwnedValue | None]
     calls_sent: int
     blocks_forwarded: int
+    encode_failure: Callable[[BaseException, Any], bytes]
+    decode_failure: Callable[[bytes], BaseException]
 
     def __init__(
         self,
@@ -34,10 +37,13 @@ class Post(Wiring):
         table: ReferenceTable,
         ids: IdGenerator,
         default_timeout_s: float,
+        strict: bool = False,
     ) -> None: ...
     # By rank. None: nobody has been met, as while the job is forming, and between the ranks of a group.
     @property
     def peers(self) -> list[Peer]: ...
+    @property
+    def strict(self) -> bool: ...
     @property
     def inbox(self) -> Inbox: ...
     @property

@@ -12,15 +12,17 @@ from fastref.carriers.warm cimport give_memory, take_memory
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE, Bulk, iovec
 from fastref.channels.tcp cimport TcpLoop
 from fastref.codec.payload cimport Decoder, Encoder
+from fastref.codec.plain cimport decode_plain, encode_plain
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
                                  RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.carriers.warm import WarmBuffer
+from fastref.codec.failures import decode_failure, decode_plain_failure, encode_failure, encode_plain_failure
 from fastref.codec.pickling import dumps, loads
-from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError, UsageError
+from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError, StrictModeError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 from fastref.segments.shared import shared_blocks
 
@@ -94,7 +96,8 @@ def use_warm_memory(loop: TcpLoop) -> None:
 cdef class Post(Wiring):
     """The sending half of a runtime."""
 
-    def __init__(self, rank: int, info, peers: list, inbox, slots, arena, table, ids, default_timeout_s: float):
+    def __init__(self, rank: int, info, peers: list, inbox, slots, arena, table, ids, default_timeout_s: float,
+                 strict: bool = False):
         self.rank, self.info = rank, info
         self.peers, self.arenas = peers, []
         for peer in peers:
@@ -102,6 +105,9 @@ cdef class Post(Wiring):
         self.names, self.ranks = {}, []
         self.inbox, self.slots, self.arena, self.table, self.ids = inbox, slots, arena, table, ids
         self.default_timeout_s = default_timeout_s
+        self.strict = strict
+        self.encode_failure = encode_plain_failure if strict else encode_failure
+        self.decode_failure = decode_plain_failure if strict else decode_failure
         self.fork_count = forks_so_far()
         self.slice_ns = 100_000_000
         self._encoders = []
@@ -644,8 +650,8 @@ cdef class Post(Wiring):
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
         raise NotImplementedError
 
-    cdef int encode_any(self, Encoder body, object value, bint shares_main) except -1:
-        """Append a value; returns the flags that say how."""
+    cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1:
+        """Append a value; returns the flags that say how. ``what`` it is, as for ``encode_plain``."""
         cdef uint64_t size = body.size
         cdef unsigned segments = body.segment_count
         cdef Py_ssize_t references = len(body.references), forwarded = len(body.forwarded)
@@ -657,6 +663,9 @@ cdef class Post(Wiring):
         body.size = size
         del body.references[references:]
         del body.forwarded[forwarded:]
+        if self.strict:
+            encode_plain(body, value, what)
+            return FLAG_PLAIN
         self.encode_pickled(body, value, shares_main)
         return FLAG_PICKLED
 
@@ -679,13 +688,14 @@ cdef class Post(Wiring):
                 body.segment(<const char*>&bytes_of[0], buffer.nbytes, NULL, True, buffer)
         return 0
 
-    cdef object decode_forwarded(self, const char* payload, uint64_t size, list references, Lease lease, uint32_t site):
+    cdef object decode_forwarded(self, const char* payload, uint64_t size, int flags, list references, Lease lease,
+                                uint32_t site):
         """As ``decode_any``, of a payload of which parts lie in memory of others. The sender still holds them."""
         cdef Decoder decoder = Decoder.__new__(Decoder)
         decoder.start = decoder.at = payload
         decoder.end = payload + size
         decoder.references, decoder.lease, decoder.arenas, decoder.site = references, lease, self.arenas, site
-        return decode_value(decoder, 0)
+        return decode_plain(decoder) if flags & FLAG_PLAIN else decode_value(decoder, 0)
 
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease):
         """Read what ``encode_any`` wrote; ``lease``: of the block that it lies in, if it has one."""
@@ -695,8 +705,13 @@ cdef class Post(Wiring):
         decoder.start = decoder.at = payload
         decoder.end = payload + size
         decoder.references, decoder.lease = references, lease
-        if not flags & FLAG_PICKLED:
+        if not flags & (FLAG_PICKLED | FLAG_PLAIN):
             return decode_value(decoder, 0)
+        if not flags & FLAG_PICKLED:
+            return decode_plain(decoder)
+        if self.strict:
+            raise StrictModeError(f"{self.info} is strict and does not read {size} bytes of pickle: arguments, results and values "
+                                  "must be plain data, or all workers of the job have strict=False")
         memcpy(&count, decoder.take(8), 8)
         memcpy(&length, decoder.take(8), 8)
         if count > size // 8:

@@ -149,7 +149,7 @@ cdef class Publisher(Post):
             self.share(rref)
         body = self.encoder()
         try:
-            flags = self.encode_any(body, value, False)
+            flags = self.encode_any(body, value, False, "value")
             if body.references or body.blocks:
                 raise UsageError(f"{rref!r} cannot be published: there are references in its value, or shared memory")
             self._show(owned, rref.fork.index, body, flags, turn)

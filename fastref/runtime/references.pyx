@@ -14,11 +14,11 @@ from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_
                            make_rref)
 from fastref.runtime.calls cimport PUBLISHED, Caller
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport CREDIT_REQUEST, FLAG_PICKLED, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
+from fastref.wire.frame cimport CREDIT_REQUEST, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
 
 import torch
 
-from fastref.codec.failures import decode_failure
+from fastref.codec.registry import register
 from fastref.codec.script import ANY_TYPE, type_name, type_string
 from fastref.errors import CallTimeout, NotInitialized, PeerError, ProtocolError, ReferenceLost, UsageError
 from fastref.futures import Future
@@ -235,7 +235,7 @@ cdef class ReferenceCaller(Caller):
                 self.blocked(False)
             self.check_creation(rref)
         if owned.settled == VALUE_FAILED:
-            raise decode_failure(owned.error)
+            raise self.decode_failure(owned.error)
         if not owned.exposed:
             self.expose(owned)
         return owned.value
@@ -372,7 +372,7 @@ cdef class ReferenceCaller(Caller):
                 return PUBLISHED
             _check_generation(rref, d, peer)
             FR_FAILPOINT("publish.seen")
-            if seen.form > FR_FORM_BLOCK or seen.flags & ~FLAG_PICKLED:
+            if seen.form > FR_FORM_BLOCK or seen.flags & ~(FLAG_PICKLED | FLAG_PLAIN):
                 raise ProtocolError(f"worker {peer.info.name!r} published a value in form {seen.form} with flags {seen.flags:#x}")
             if seen.form == FR_FORM_INLINE:
                 if seen.size > FR_INLINE_VALUE:
@@ -441,7 +441,7 @@ cdef class ReferenceCaller(Caller):
         if rref.creation is not None:
             future.set_exception(rref.creation)
         elif rref.owned.settled == VALUE_FAILED:
-            future.set_exception(decode_failure(rref.owned.error))
+            future.set_exception(self.decode_failure(rref.owned.error))
         else:
             future.set_result(type(rref.owned.value) if question == ASK_TYPE else None)
         return future
@@ -495,3 +495,6 @@ def _claim(number: int):
         return runtime.on_their_way.pop(number)
     except KeyError:
         raise UsageError(f"{runtime.info} holds no reference under {number}: each can be taken once") from None
+
+
+register(_claim)  # of strict jobs, too

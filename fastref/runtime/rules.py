@@ -10,7 +10,6 @@ from typing import Any
 
 from fastref import _core
 from fastref._core import MirrorHolder
-from fastref.codec.failures import encode_failure
 from fastref.codec.stream import decode, encode
 from fastref.errors import PeerError, ProtocolError, ResourceError
 from fastref.protocol import forks, removal
@@ -100,8 +99,10 @@ class RuleKeeper(Server):
             logger.debug("%s not told: %s", peer.name, error)
 
     def _intern(self, peer: Peer, call: int, value: Any) -> None:
-        module, qualname = value
-        peer.callables[call] = (str(module), str(qualname))
+        if not self.strict:
+            module, qualname = value
+            value = (str(module), str(qualname))
+        peer.callables[call] = value  # of a strict worker the registered name; calls find out whether it is one
 
     def _greeting(self, peer: Peer, call: int, value: Any) -> None:
         peer.shares_main = bool(value) and value == self.main_digest
@@ -401,7 +402,7 @@ class RuleKeeper(Server):
 
     def _fail_values(self, dead: Peer, begun: list[tuple[int, Any]]) -> None:
         """Values that a dead worker's remote() should have made, and whose requests never came, never will be."""
-        error = encode_failure(dead.died_error(), self.info)
+        error = self.encode_failure(dead.died_error(), self.info)
         for index, owned in begun:
             if self.owned[index] is owned:
                 self.settle_failed(index, error)

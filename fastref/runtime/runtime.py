@@ -219,7 +219,7 @@ class Runtime(GroupKeeper):
             record.rank, WorkerInfo(record.name, record.rank), [], Inbox(memory.bell),
             ResponseSlots(memory.slots, SLOTS), memory.make_arena(table.holder), table,
             IdGenerator(record.rank, record.incarnation << IDS_BITS), options.rpc_timeout,
-            thread_cap=options.num_worker_threads, incarnation=record.incarnation,
+            thread_cap=options.num_worker_threads, incarnation=record.incarnation, strict=options.strict,
         )  # fmt: skip
 
     def _give_up(self) -> None:
@@ -238,7 +238,7 @@ class Runtime(GroupKeeper):
             name=name, rank=0, pid=os.getpid(), instance=self._lock.instance, address=str(self._listener.path),
             world_size=1, version=__version__, layout=LAYOUT, bits=self.options.table_bits,
             host=place_of(self._lock.instance), entries=self.options.table_capacity,
-            silence_ms=math.ceil(self.silence_s * 1e3),
+            silence_ms=math.ceil(self.silence_s * 1e3), strict=self.options.strict,
         )  # fmt: skip
 
     def _tell_others(

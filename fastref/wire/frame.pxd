@@ -29,6 +29,7 @@ cdef enum:
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block
     FLAG_ERROR = 4       # the answer is an exception
     FLAG_METHOD = 8      # the callable is a method of the first reference
+    FLAG_PLAIN = 16      # the payload is in the encoding of strict jobs, of which the fast one is a part
     FLAG_FORKS_IN_BLOCK = 64  # the references lie in the block, before the payload
     FLAG_PUBLISHED = 128 # the answer to a fetch: the value can be read without its owner now; there is no payload
     FLAG_FORWARDED = 256 # tensors of the payload lie in memory of others; it is read before the cursor moves
