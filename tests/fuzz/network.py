@@ -23,7 +23,7 @@ from fastref.errors import IdentityError, ProtocolError
 from fastref.identity.handshake import PREFIX, Handshake
 from fastref.identity.token import Token
 from fastref.protocol import session
-from fastref.rendezvous import Door, Message, StreamConnection, WorkerRecord
+from fastref.rendezvous import SESSION_RESUME, Door, Message, StreamConnection, WorkerRecord
 from fastref.runtime import sessions
 from fastref.runtime.sessions import Sessions
 from tests.fuzz.fuzzer import Target
@@ -368,8 +368,8 @@ TARGETS = {
     "visitor": Target(
         _read_visitor,
         [
-            _request(sessions.RESUME),
-            _request(sessions.RESUME, attempt=2**62),
+            _request(SESSION_RESUME),
+            _request(SESSION_RESUME, attempt=2**62),
             _message("link-failed", {"record": _HIGHER.to_fields(), "sentence": "it has no memory"}),
         ],
         _cut_messages,
