@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 import pytest
 
 from fastref.errors import IdentityError, ProtocolError, ResourceError, UsageError
-from fastref.identity import mint
+from fastref.identity import mint, self_made_certificates
 from fastref.rendezvous import Credentials, Door, StreamConnection, TcpListener, visit
 from fastref.rendezvous.addresses import LOOPBACK
 from fastref.rendezvous.connection import MAX_MESSAGE_BYTES
 from fastref.rendezvous.door import MAX_UNPROVED
+from fastref.rendezvous.proving import Tls
 from fastref.rendezvous.stream import SILENCE_S, endpoint_text, parse_endpoint, tune
 
 PATIENCE_S = 60.0
@@ -342,6 +344,34 @@ def test_running_out_of_descriptors_turns_away_only_the_new_visitor(door):
     thread.join()
     for part in (visitor, outcome[0]):
         part.close()
+
+
+def test_a_worker_that_has_no_descriptors_for_tls_drops_the_connection_and_who_dialed_is_told(tmp_path, monkeypatch):
+    credentials = Credentials(mint(), "job", 0, Tls(self_made_certificates(tmp_path / "tls")))
+    with contextlib.ExitStack() as stack:
+        one, other = (Door(TcpListener("127.0.0.1"), credentials, LOOPBACK) for _ in range(2))
+        stack.callback(one.close)
+        stack.callback(other.close)
+        proved, failed = [], []
+        deadline = time.monotonic() + PATIENCE_S
+
+        def refuse(connection: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr("fastref.rendezvous.proving.relay", refuse)
+        one.dial(other.endpoint, proved.append, failed.append)
+        while not failed and time.monotonic() < deadline:
+            assert one.accept() is other.accept() is None
+        assert failed[0].errno == errno.EMFILE and not proved
+        monkeypatch.undo()
+        one.dial(other.endpoint, proved.append, failed.append)
+        visitor = None
+        while not (proved and visitor) and time.monotonic() < deadline:
+            one.accept()
+            visitor = visitor or other.accept()
+        for connection in (*proved, visitor):
+            connection.close()
+        assert len(failed) == 1
 
 
 def test_a_forked_child_that_closes_the_door_harms_nothing(door):

@@ -266,9 +266,15 @@ class Provings:
         except (IdentityError, OSError) as error:
             self._end(proving, error)
             return
-        del self._under_way[proving]
+        failed = self._under_way.pop(proving)
         self._selector.unregister(proving.fileno())
-        proved(proving.connection())
+        try:
+            connection = proving.connection()
+        except OSError as error:  # what stands in for TLS takes two descriptors more
+            proving.close()
+            failed(error)
+        else:
+            proved(connection)
 
     def _end(self, proving: Proving, error: Exception) -> None:
         failed = self._under_way.pop(proving)

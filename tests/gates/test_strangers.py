@@ -6,7 +6,7 @@ import contextlib
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -58,15 +58,20 @@ def be_a_decoy(pipe: Pipe) -> None:
                     server.accept()[0].close()
 
 
-def test_a_thousand_strangers_a_second_cost_little_and_get_nothing(
-    troupe: Troupe, spawn_workers: Callable[..., object], mp_context: ForkServerContext, tmp_path: Path
-) -> None:
-    crew = troupe.start(2, transport="tcp")
-    stranger = troupe.hire("stranger")
+@pytest.fixture
+def decoy(spawn_workers: Callable[..., object], mp_context: ForkServerContext) -> Iterator[str]:
+    """Return the address of a process that takes visitors and drops them."""
     pipe, theirs = mp_context.Pipe()
     spawn_workers(be_a_decoy, [(theirs,)])
     theirs.close()
-    doors, tripwire = {"decoy": pipe.recv(), "worker": crew[0].do(own_endpoint)}, tmp_path / "unpickled"
+    yield pipe.recv()
+    pipe.close()
+
+
+def test_a_thousand_strangers_a_second_cost_little_and_get_nothing(troupe: Troupe, decoy: str, tmp_path: Path) -> None:
+    crew = troupe.start(2, transport="tcp")
+    stranger = troupe.hire("stranger")
+    doors, tripwire = {"decoy": decoy, "worker": crew[0].do(own_endpoint)}, tmp_path / "unpickled"
     period(crew)
     stranger.do(knock, doors["worker"], RATE_HZ, SECONDS, str(tripwire))
     found: dict[str, list[tuple[float, float, float]]] = {"nobody": [], "decoy": [], "worker": []}
@@ -82,7 +87,7 @@ def test_a_thousand_strangers_a_second_cost_little_and_get_nothing(
             assert crew[1].do(proxied.visit_with, "w0", "anything", {}, {}) == ("refused", "closed")
             waits_s.append(time.monotonic() - began)
             outcome = stranger.outcome()
-            assert not outcome["let in"] and not outcome["late"] > SECONDS and not tripwire.exists()
+            assert not outcome["let in"] and not outcome["late"] > 0.05 * outcome["come"] and not tripwire.exists()
         come += outcome["come"]
     grown = crew[0].do(resident_bytes) - started_bytes
 
@@ -101,7 +106,6 @@ def test_a_thousand_strangers_a_second_cost_little_and_get_nothing(
         grown_bytes=grown,
         newcomer_ms=round(1e3 * max(waits_s), 1),
     )
-    pipe.close()
     assert crew[0].do(proxied.resumptions) == 0
     assert grown < 1 << 20
     assert max(waits_s) < ANSWERS_S
