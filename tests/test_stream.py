@@ -323,27 +323,51 @@ def test_a_stranger_gets_no_word_and_costs_no_memory(door, data):
         stranger.close()
 
 
-def test_running_out_of_descriptors_turns_away_only_the_new_visitor(door):
-    first = knock(door)
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[list[int]]:
+    """Use up all descriptors; gives those that were free."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
-    held = []
+    held: list[int] = []
     try:
         with pytest.raises(OSError, match="Too many open files"):
             while True:
                 held.append(os.dup(0))
-        assert door.accept() is None
+        yield held
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for fd in held:
             os.close(fd)
-    assert is_closed(first)
-    first.close()
+
+
+def let_one_in(door: Door) -> None:
     outcome, thread = come(door, door.credentials)
     visitor = next_visitor(door)
     thread.join()
     for part in (visitor, outcome[0]):
         part.close()
+
+
+def test_running_out_of_descriptors_turns_away_only_the_new_visitor(door):
+    first = knock(door)
+    with no_descriptors():
+        assert door.accept() is None
+    assert is_closed(first)
+    first.close()
+    let_one_in(door)
+
+
+def test_a_door_whose_own_spare_descriptor_was_taken_waits_and_closes_none_of_others(door, monkeypatch):
+    first, pauses = knock(door), []
+    monkeypatch.setattr("fastref.rendezvous.listening.time.sleep", pauses.append)
+    assert door._listener._queue.spare.give_up()
+    with no_descriptors() as held:
+        for _ in range(3):
+            assert door.accept() is None
+        assert [os.fstat(fd) for fd in held]
+    assert len(pauses) == 3 and not is_closed(first)
+    let_one_in(door)
+    first.close()
 
 
 def test_a_worker_that_has_no_descriptors_for_tls_drops_the_connection_and_who_dialed_is_told(tmp_path, monkeypatch):
