@@ -56,6 +56,16 @@ def shapes(tensors: list[torch.Tensor]) -> list[torch.Size]:
 
 
 @rpc.register
+def ones(count: int) -> torch.Tensor:
+    return torch.ones(count)
+
+
+@rpc.register
+def total(parts: dict[str, Any]) -> float:
+    return float(sum(part.sum() for part in parts.values() if isinstance(part, torch.Tensor)))
+
+
+@rpc.register
 def are_same(one: Any, other: Any) -> bool:
     return one is other
 

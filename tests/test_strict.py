@@ -9,6 +9,7 @@ import copyreg
 import functools
 import os
 import pickle
+import re
 import struct
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastref
 import fastref.rpc as rpc
 from fastref.codec import pickling, registry
 from fastref.codec.failures import decode_plain_failure
@@ -96,6 +98,16 @@ def test_tensors_travel() -> None:
     assert type(state) is OrderedDict and state._metadata == model.state_dict()._metadata
     torch.nn.BatchNorm1d(3).load_state_dict(state)
     assert rpc.rpc_sync("w1", strict_work.shapes, ([base] * 40,)) == [base.shape] * 40
+    with pytest.raises(StrictModeError, match=r"argument 1: a tensor in memory that several write \(send tensor.clone"):
+        rpc.rpc_sync("w1", strict_work.echo, (fastref.shared_empty(3),))
+
+
+@in_job
+def test_a_large_tensor_is_handed_on_among_plain_data() -> None:
+    forwarded = current_wiring().blocks_forwarded
+    tensor = rpc.rpc_sync("w1", strict_work.ones, (1 << 20,))
+    assert rpc.rpc_sync("w2", strict_work.total, ({"a set": {1}, "large": tensor},)) == 1 << 20
+    assert current_wiring().blocks_forwarded - forwarded == (not current_wiring().peers[2].is_far)
 
 
 @in_job
@@ -243,6 +255,26 @@ def test_collectives_and_profilers_work_and_picklers_are_refused() -> None:
 
 
 # ---- attacks of w2 on w0
+
+
+# What reads pickles, imports by name or runs text; in a strict job nothing that a peer sends leads there.
+DANGEROUS = re.compile(
+    r"(?<!json\.)\bloads\(|\bUnpickler\b|\bimport_module\(|\b__import__\(|\b(?:jit|torch)\.load\(|\beval\(|\bexec\("
+)
+KNOWN = {
+    *("codec/pickling.py", "codec/failures.py", "codec/lookup.py", "codec/script.py", "runtime/post.pyx"),
+    "rpc/internal.py",  # what programs hand it, and picklers of programs
+}
+
+
+def test_every_place_that_reads_a_pickle_is_known() -> None:
+    package = Path(fastref.__file__).parent
+    found = {
+        str(source.relative_to(package))
+        for source in (*package.rglob("*.py"), *package.rglob("*.pyx"))
+        if DANGEROUS.search(source.read_text())
+    }
+    assert {name for name in found if not name.startswith(("bench/", "cli/", "compat/"))} == KNOWN
 
 
 @pytest.fixture
