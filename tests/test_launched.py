@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -87,3 +88,5 @@ def run_gang(room: Sequence[Host], scheme: str, *arguments: str) -> None:
     for host in room:
         for agent in host.processes:
             agent.finish(PATIENCE_S)
+        left = host.run("find", [os.environ["FASTREF_RUN_DIR"], "/dev/shm", "-mindepth", "1"])
+        assert left.finish() == ""
