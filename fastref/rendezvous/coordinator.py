@@ -19,6 +19,7 @@ from fastref.rendezvous.meeting import Meeting
 from fastref.rendezvous.proving import Provings
 from fastref.rendezvous.records import WorkerRecord, describe
 from fastref.rendezvous.rivals import Rivals
+from fastref.rendezvous.ways import check_reach
 
 __all__ = ["LINGER_S", "RECORDS_PER_MESSAGE", "RETURN_GRACE_S", "Coordinator"]
 
@@ -261,6 +262,7 @@ class Coordinator:
             lower, higher = sorted((seated, record), key=lambda one: one.rank)
             if lower.host != higher.host and not lower.endpoint:
                 raise RendezvousError(sentences.other_host(record, seated))
+            check_reach(higher, lower)
 
     def _read_seated(self, record: WorkerRecord) -> None:
         connection = self._seats[record.rank][1]

@@ -13,6 +13,7 @@ __all__ = [
     "duplicate",
     "forced_apart",
     "full",
+    "hidden",
     "not_listening",
     "orphaned",
     "other_host",
@@ -78,6 +79,14 @@ def not_listening(one: WorkerRecord, other: WorkerRecord) -> str:
     return (
         f"worker {one} has to reach worker {other} over TCP, and one of them does not listen: set FASTREF_TRANSPORT="
         "tcp for all workers or for none"
+    )
+
+
+def hidden(one: WorkerRecord, other: WorkerRecord) -> str:
+    """Return the sentence for a worker that listens where only its own machine reaches it."""
+    return (
+        f"worker {one} runs on {one.host} and listens at {one.endpoint}, where worker {other} on {other.host} cannot "
+        "reach it; FASTREF_ADDRESS or FASTREF_INTERFACE chooses another address for a host"
     )
 
 

@@ -11,7 +11,7 @@ import time
 from fastref.errors import ProtocolError, UsageError
 from fastref.rendezvous.connection import MAX_MESSAGE_BYTES, Connection, Message, parse_message
 
-__all__ = ["StreamConnection", "endpoint_text", "parse_endpoint", "tune"]
+__all__ = ["StreamConnection", "endpoint_text", "is_loopback", "parse_endpoint", "tune"]
 
 SILENCE_S = 15.0
 """How long a peer may leave what was sent to it without an acknowledgement before the connection has ended."""
@@ -159,6 +159,17 @@ def _tolerate(sock: socket.socket, silence_s: float) -> None:
 def endpoint_text(address: str, port: int) -> str:
     """Return ``address:port``, an IPv6 address in brackets."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Return whether an endpoint can be reached on its own machine alone.
+
+    Raises
+    ------
+    ProtocolError
+        It is none.
+    """
+    return ipaddress.ip_address(parse_endpoint(endpoint)[0]).is_loopback
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:

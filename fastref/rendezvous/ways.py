@@ -9,9 +9,20 @@ from dataclasses import dataclass
 from fastref.errors import RendezvousError, UsageError
 from fastref.rendezvous import sentences
 from fastref.rendezvous.records import WorkerRecord
+from fastref.rendezvous.stream import is_loopback
 from fastref.segments import host_identity
 
-__all__ = ["SHM", "TCP", "TRANSPORT_VARIABLE", "Way", "forced_transport", "place_of", "way_taken", "way_to"]
+__all__ = [
+    "SHM",
+    "TCP",
+    "TRANSPORT_VARIABLE",
+    "Way",
+    "check_reach",
+    "forced_transport",
+    "place_of",
+    "way_taken",
+    "way_to",
+]
 
 TRANSPORT_VARIABLE = "FASTREF_TRANSPORT"
 _KINDS = ("shm", "tcp")
@@ -66,7 +77,7 @@ def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] 
     Raises
     ------
     RendezvousError
-        Shared memory is forced, and the two are on different hosts.
+        The two are on different hosts, and shared memory is forced, or one listens where no other machine reaches it.
     UsageError
         As ``forced_transport``.
     """
@@ -76,13 +87,33 @@ def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] 
     if mine.host != theirs.host:
         if forced == "shm":
             raise RendezvousError(sentences.forced_apart(mine, theirs))
+        check_reach(mine, theirs)
         return Way("tcp", "another host")
     return SHM if forced is None else Way("shm", TRANSPORT_VARIABLE)
+
+
+def check_reach(mine: WorkerRecord, theirs: WorkerRecord) -> None:
+    """Check that none of two workers listens on loopback if they are on different machines.
+
+    Raises
+    ------
+    RendezvousError
+        One does.
+    """
+    for one, other in ((mine, theirs), (theirs, mine)):
+        if _machine(one) != _machine(other) and one.endpoint and is_loopback(one.endpoint):
+            raise RendezvousError(sentences.hidden(one, other))
 
 
 def _place(record: WorkerRecord) -> str:
     """Where a worker is, whether it is an island or not."""
     return record.host.removesuffix(f":{record.instance}")
+
+
+def _machine(record: WorkerRecord) -> str:
+    """Return what tells machines apart, of whose hosts (containers, say) some may share a network."""
+    _, _, rest = record.host.partition(":")
+    return rest.partition(":")[0]
 
 
 def place_of(instance: str, environ: Mapping[str, str] = os.environ) -> str:
