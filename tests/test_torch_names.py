@@ -394,6 +394,22 @@ def test_nobody_waits_in_a_collective_for_the_dead(troupe: Troupe, dead: int) ->
         puppet.do(rpc.shutdown, False)
 
 
+def test_who_joins_a_collective_that_was_given_up_is_told_so(troupe: Troupe) -> None:
+    crew = troupe.start(3)
+    crew[2].kill()
+    for puppet in crew[:2]:  # the leader first; it is done with the round when the other one comes
+        with pytest.raises(PeerError, match="w2"):
+            puppet.do(gather_number)
+    with pytest.raises(CallTimeout, match="have not joined"):
+        crew[0].do(gather_number, ["w0", "w1"], 0.1)
+    with pytest.raises(PeerError, match=r"w0 has given up: workers \['w1'\] have not joined"):
+        crew[1].do(gather_number, ["w0", "w1"])
+    crew[1].order(gather_number, ["w0", "w1"])
+    assert crew[0].do(gather_number, ["w0", "w1"]) == crew[1].outcome() == {"w0": 0, "w1": 1}
+    for puppet in crew[:2]:
+        puppet.do(rpc.shutdown, False)
+
+
 def leave_and_check(keeps: bool) -> None:
     """Leave as torch's own tests do, with leaks told; ``keeps``: without letting go first."""
     api._ignore_rref_leak = False

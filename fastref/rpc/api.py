@@ -175,28 +175,19 @@ def _wait_all() -> Iterator[None]:
 @register
 def _gather_to_leader(sequence_id: str, worker_name: str, obj: Any, worker_names: set[str]) -> None:
     """On the leader: note what one worker gives."""
-    states = gatherings().round(sequence_id)
-    if worker_name in states.gathered_objects:
-        raise UsageError(f"{worker_name} reported intent sequence id {sequence_id} twice.")
-    states.gathered_objects[worker_name] = obj
-    if worker_names == set(states.gathered_objects):
-        states.proceed_signal.set()
+    gatherings().round(sequence_id).add(worker_name, obj, worker_names)
 
 
 @register
 def _broadcast_to_followers(sequence_id: str, objects_map: dict[str, Any]) -> None:
     """On a follower: note what all have given."""
-    states = gatherings().round(sequence_id)
-    states.gathered_objects = objects_map
-    states.proceed_signal.set()
+    gatherings().settle(sequence_id, objects_map)
 
 
 @register
 def _fail_followers(sequence_id: str, failure: str) -> None:
     """On a follower: note that the leader has given up."""
-    states = gatherings().round(sequence_id)
-    states.failure = failure
-    states.proceed_signal.set()
+    gatherings().settle(sequence_id, {}, failure)
 
 
 def _all_gather(
@@ -237,9 +228,10 @@ def _all_gather(
             try:
                 states.wait(patience, lambda: names - set(states.gathered_objects))
             except BaseException as error:
-                for name in sorted(set(states.gathered_objects) - {leader}):
+                failure = f"{own} has given up: {error}"
+                for name in sorted(states.give_up(failure) - {leader}):
                     with contextlib.suppress(PeerError):  # it has died too
-                        rpc_async(name, _fail_followers, (sequence_id, f"{own} has given up: {error}"))
+                        rpc_async(name, _fail_followers, (sequence_id, failure))
                 raise
             told = {
                 name: rpc_async(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from fastref.errors import CallTimeout, NotInitialized, PeerError, WorkerDied
+from fastref.errors import CallTimeout, NotInitialized, PeerError, UsageError, WorkerDied
 from fastref.rref import current_wiring
 
 __all__ = ["Gathering", "Gatherings", "gatherings"]
@@ -17,10 +16,39 @@ __all__ = ["Gathering", "Gatherings", "gatherings"]
 class Gathering:
     """One round of one group, at one worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.gathered_objects: dict[str, Any] = {}
         self.proceed_signal = threading.Event()
         self.failure: str | None = None  # why the leader gave up
+        self.is_over = False  # the leader, here, has given up; others may still come
+        self._lock = threading.Lock()
+
+    def add(self, worker_name: str, obj: Any, worker_names: set[str]) -> None:
+        """On the leader: note what one worker gives.
+
+        Raises
+        ------
+        UsageError
+            It has given something already.
+        PeerError
+            The leader has given up; who comes after that hears of it here.
+        """
+        with self._lock:
+            if self.is_over:
+                raise PeerError(str(self.failure))
+            if worker_name in self.gathered_objects:
+                raise UsageError(f"{worker_name} reported intent sequence id {self.name} twice.")
+            self.gathered_objects[worker_name] = obj
+            if worker_names == set(self.gathered_objects):
+                self.proceed_signal.set()
+
+    def give_up(self, failure: str) -> set[str]:
+        """On the leader: say why there will be nothing; returns who came before that, and has to be told."""
+        with self._lock:
+            self.failure, self.is_over = failure, True
+            names, self.gathered_objects = set(self.gathered_objects), {}
+        return names
 
     def wait(self, timeout_s: float | None, missing: Any) -> None:
         """Wait for everybody's objects.
@@ -55,7 +83,7 @@ class Gatherings:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers: dict[str, int] = {}
-        self._rounds: defaultdict[str, Gathering] = defaultdict(Gathering)
+        self._rounds: dict[str, Gathering] = {}
 
     def begin(self, names: set[str]) -> str:
         """Name the next round of a group."""
@@ -68,12 +96,21 @@ class Gatherings:
     def round(self, name: str) -> Gathering:
         """Return a round that this worker or another has begun."""
         with self._lock:
-            return self._rounds[name]
+            return self._rounds.setdefault(name, Gathering(name))
+
+    def settle(self, name: str, objects: dict[str, Any], failure: str | None = None) -> None:
+        """On a follower: note what the leader says, unless it waits no more."""
+        with self._lock:
+            gathering = self._rounds.get(name)
+        if gathering is not None:
+            gathering.gathered_objects, gathering.failure = objects, failure
+            gathering.proceed_signal.set()
 
     def end(self, name: str) -> None:
-        """Forget a round."""
+        """Forget a round, unless others may still come and have to hear that it was given up."""
         with self._lock:
-            self._rounds.pop(name, None)
+            if not self._rounds[name].is_over:
+                del self._rounds[name]
 
 
 _of_runtimes: WeakKeyDictionary[Any, Gatherings] = WeakKeyDictionary()
