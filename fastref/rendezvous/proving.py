@@ -228,10 +228,17 @@ class Provings:
         proved: Callable[[StreamConnection], None],
         failed: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """Have one of the two called from the loop: with the connection, or, it being closed, with the reason."""
+        """Have one of the two called: with the connection, or, it being closed, with the reason, this also at once."""
+        if proving.is_connected:
+            try:
+                # Most strangers have said by now why they are refused: they push nobody out. The proof takes two rounds.
+                proving.advance()
+            except (IdentityError, OSError) as error:
+                proving.close()
+                failed(error)
+                return
         if self._most is not None and len(self._under_way) >= self._most:
             self._end(next(iter(self._under_way)), ConnectionAbortedError("others came after it"))
-
         self._under_way[proving] = failed
         # No function that knows itself: it, and all that ``proved`` refers to, would wait for the garbage collector.
         go_on = functools.partial(self._go_on, proving, proved)
