@@ -365,6 +365,7 @@ def test_a_door_whose_own_spare_descriptor_was_taken_waits_and_closes_none_of_ot
         for _ in range(3):
             assert door.accept() is None
         assert [os.fstat(fd) for fd in held]
+    monkeypatch.undo()
     assert len(pauses) == 3 and not is_closed(first)
     let_one_in(door)
     first.close()

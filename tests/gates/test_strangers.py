@@ -20,8 +20,10 @@ from tests.gates.figures import full, tell
 from tests.puppets import Puppet, Troupe, troupe_fixture  # noqa: F401
 from tests.strangers import knock
 from tests.test_door import own_endpoint, resident_bytes
+from tests.watchdog import arm
 
-pytestmark = [pytest.mark.gates, pytest.mark.timeout(1800)]
+LIFETIME_S = 900.0
+pytestmark = [pytest.mark.gates, pytest.mark.timeout(LIFETIME_S)]
 
 RATE_HZ = 1000
 SECONDS = 6.0
@@ -49,6 +51,7 @@ def period(crew: list[Puppet]) -> tuple[float, float, float]:
 
 def be_a_decoy(pipe: Pipe) -> None:
     """Take visitors and drop them, until told to end: what the strangers cost their host, whomever they come to."""
+    arm(LIFETIME_S)
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as server:
         pipe.send(endpoint_text(*server.getsockname()))
         server.settimeout(0.1)
@@ -71,6 +74,8 @@ def decoy(spawn_workers: Callable[..., object], mp_context: ForkServerContext) -
 def test_a_thousand_strangers_a_second_cost_little_and_get_nothing(troupe: Troupe, decoy: str, tmp_path: Path) -> None:
     crew = troupe.start(2, transport="tcp")
     stranger = troupe.hire("stranger")
+    for puppet in troupe.all:
+        puppet.do(arm, LIFETIME_S)
     doors, tripwire = {"decoy": decoy, "worker": crew[0].do(own_endpoint)}, tmp_path / "unpickled"
     period(crew)
     stranger.do(knock, doors["worker"], RATE_HZ, SECONDS, str(tripwire))
