@@ -231,7 +231,7 @@ class Provings:
         """Have one of the two called: with the connection, or, it being closed, with the reason, this also at once."""
         if proving.is_connected:
             try:
-                # Most strangers have said by now why they are refused: they push nobody out. The proof takes two rounds.
+                # Most strangers have said by now why they are refused: they push nobody out. A proof takes longer.
                 proving.advance()
             except (IdentityError, OSError) as error:
                 proving.close()
