@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-import psutil
 import pytest
 
 import fastref.rpc as rpc
 from fastref._core import arm_failpoints
 from fastref.rref import current_wiring
+from tests.stopping import stop
 
 PATIENCE_S = 60.0
 
@@ -78,9 +78,7 @@ class Puppet:
 
     def stop(self) -> None:
         """Stop the process by SIGSTOP and wait until every thread of it has stopped."""
-        os.kill(self.pid, signal.SIGSTOP)
-        while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
-            time.sleep(0.001)
+        stop(self.pid)
 
     def go_on(self) -> None:
         """Continue after ``stop``."""

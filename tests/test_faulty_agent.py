@@ -6,7 +6,6 @@ import contextlib
 import gc
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from fastref.rref import current_wiring
 from fastref.runtime.runtime import Runtime
 from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
+from tests.stopping import stopped
 
 Start = Callable[[Callable[..., object], list[tuple[object, ...]]], Any]
 
@@ -353,12 +353,9 @@ def test_late_messages_that_find_a_full_ring_wait_for_room() -> None:
     pid = current_wiring().peers[1].pid
     with faults(delay={"PYTHON_CALL": 0.3}):
         futures = [rpc.rpc_async("w1", work.echo, (bytes([number]) * 3000,)) for number in range(60)]
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid):
         time.sleep(0.6)
         assert not current_wiring().agenda.is_empty()
-    finally:
-        os.kill(pid, signal.SIGCONT)
     assert [future.wait() for future in futures] == [bytes([number]) * 3000 for number in range(60)]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import random
-import signal
 import threading
 import time
 import weakref
@@ -24,6 +23,7 @@ from fastref.errors import ResourceError, UsageError
 from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import Job, in_job, job_fixtures
+from tests.stopping import stopped
 
 jobs, job = job_fixtures(3, [{}, {"table_bits": 1}])
 
@@ -282,14 +282,10 @@ def test_a_published_value_is_read_while_its_owner_is_stopped() -> None:
     rrefs = [rpc.remote("w1", full, args=(size, 7)) for size in SIZES]
     for rref in rrefs:
         rref.to_here()
-    owner = rpc.rpc_sync("w1", work.pid)
-    os.kill(owner, signal.SIGSTOP)
-    try:
+    with stopped(rpc.rpc_sync("w1", work.pid)):
         for size, rref in zip(SIZES, rrefs, strict=True):
             for _ in range(3):
                 assert torch.equal(rref.to_here(timeout=5), full(size, 7))
-    finally:
-        os.kill(owner, signal.SIGCONT)
 
 
 @in_job
@@ -525,13 +521,9 @@ def test_a_published_version_is_read_while_the_owner_is_stopped() -> None:
     server.rpc_sync().step()
     server.rpc_sync().publish()
     server.rpc_sync().step()
-    owner = rpc.rpc_sync("w1", work.pid)
-    os.kill(owner, signal.SIGSTOP)
-    try:
+    with stopped(rpc.rpc_sync("w1", work.pid)):
         for _ in range(5):
             assert version_of(state.to_here(timeout=5)) == 1
-    finally:
-        os.kill(owner, signal.SIGCONT)
 
 
 # ---- no read is stale or torn, whoever does what at the same time

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from fastref.errors import CallTimeout, RemoteError, UsageError
 from fastref.rref import current_wiring
 from tests import work
 from tests.jobs import in_job, job_fixtures
+from tests.stopping import stopped
 
 jobs, job = job_fixtures(3, [{}, {"table_bits": 1}, {"table_bits": 0}])
 
@@ -275,26 +274,13 @@ def test_a_timeout_given_to_remote_covers_the_value() -> None:
 # ---- an owner that stands still
 
 
-@contextmanager
-def stopped(worker: str) -> Iterator[None]:
-    """Stop a worker's process, and let it go on afterwards."""
-    process = rpc.rpc_sync(worker, os.getpid)
-    os.kill(process, signal.SIGSTOP)
-    try:
-        while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.001)
-        yield
-    finally:
-        os.kill(process, signal.SIGCONT)
-
-
 @pytest.mark.shared_memory("published values are read there")
 @in_job
 def test_published_values_are_fetched_from_a_stopped_owner() -> None:
     rrefs = [rpc.remote("w1", work.echo, args=(value,)) for value in IMMUTABLE]
     for rref in rrefs:
         rref.to_here()
-    with stopped("w1"):
+    with stopped(rpc.rpc_sync("w1", os.getpid)):
         for _ in range(3):
             assert [rref.to_here() for rref in rrefs] == IMMUTABLE
         assert all(rref.confirmed_by_owner() for rref in rrefs)
@@ -307,7 +293,7 @@ def test_references_are_handed_on_and_let_go_of_while_their_owner_is_stopped() -
     dropped = [rpc.remote("w1", work.Traced) for _ in range(20)]
     assert [rref.to_here() for rref in kept] == list(range(20))
     rpc.rpc_sync("w2", work.keep, args=dropped)
-    with stopped("w1"):
+    with stopped(rpc.rpc_sync("w1", os.getpid)):
         assert rpc.rpc_sync("w2", work.total, args=(kept,)) == sum(range(20))
         assert rpc.rpc_sync("w2", work.keep, args=kept) == 40
         assert rpc.rpc_sync("w2", work.get_kept).to_here() == 19
@@ -320,7 +306,7 @@ def test_references_are_handed_on_and_let_go_of_while_their_owner_is_stopped() -
 @in_job
 def test_a_remote_call_to_a_stopped_worker_returns_a_reference() -> None:
     rpc.remote("w1", work.nothing).to_here()
-    with stopped("w1"):
+    with stopped(rpc.rpc_sync("w1", os.getpid)):
         rrefs = [rpc.remote("w1", work.echo, args=(number,)) for number in range(10)]
         future = rpc.rpc_async("w1", work.echo, args=(11,))
         with pytest.raises(CallTimeout):

@@ -24,6 +24,7 @@ from fastref.rendezvous.connection import connect
 from fastref.rendezvous.hellos import CLOSED, join_hello, refuse
 from fastref.rendezvous.meeting import LocalMeeting
 from fastref.segments import host_identity, run_root, sweep
+from tests.stopping import stop
 from tests.workers import PATIENCE_S, Cast, Worker, worker
 
 # A mistake is to be known everywhere within this, from the moment a worker joins.
@@ -418,7 +419,7 @@ def test_a_member_that_never_links_is_named_at_the_deadline(cast):
     with worker("alice", cast.init_method) as alice:
         process = cast.start("bob", 1, 2)
         alice.join(0, 2, PATIENCE_S)
-        os.kill(process.pid, signal.SIGSTOP)
+        stop(process.pid)
         stopped = dataclasses.replace(alice.membership.members[1], instance="0" * 16)
         members = (alice.record, stopped)
         with pytest.raises(RendezvousError, match=r"'alice' .* got no link in time to: 'bob' \(rank 1"):

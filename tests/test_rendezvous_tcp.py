@@ -22,6 +22,7 @@ from fastref.rendezvous import Credentials, StreamConnection, job_name, link_all
 from fastref.rendezvous.hellos import join_hello
 from fastref.rendezvous.stream import parse_endpoint
 from fastref.segments import run_root, sweep
+from tests.stopping import stop
 from tests.workers import PATIENCE_S, Cast, Worker, worker
 
 TOLD_S = 5.0
@@ -368,8 +369,7 @@ def test_workers_wait_on_for_another_coordinator_when_theirs_was_killed_on_anoth
 
 def test_a_member_of_another_host_that_dies_before_it_is_linked_is_named(cast, alice):
     process = start(cast, "bob", 1, 2, "blue")
-    os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(0.05)
+    stop(process.pid)
     os.kill(process.pid, signal.SIGCONT)
     alice.join(0, 2, PATIENCE_S)
     process.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fastref.errors import ResourceError, UsageError, WorkerDied
 from tests import puppets, work
 from tests.jobs import in_job, job_fixtures
 from tests.puppets import Troupe, troupe_fixture  # noqa: F401
+from tests.stopping import stopped
 
 pytestmark = pytest.mark.shared_memory("that is what several write")
 
@@ -223,14 +223,10 @@ def test_it_goes_when_all_who_have_it_are_killed(troupe: Troupe) -> None:
 @in_job
 def test_a_stopped_worker_is_sent_shared_tensors_all_the_same() -> None:
     tensors = [fastref.shared_empty(100) for _ in range(40)]  # more than the socket holds, fewer calls than the ring
-    stopped = rpc.rpc_sync("w1", work.pid)
-    os.kill(stopped, signal.SIGSTOP)
-    try:
+    with stopped(rpc.rpc_sync("w1", work.pid)):
         futures = [rpc.rpc_async("w1", add_one_to_all, args=(tensors,)) for _ in range(20)]
         rpc.rpc_sync("w2", add_one_to_all, args=(tensors,))
         assert all(tensor[0] == 1 for tensor in tensors)
-    finally:
-        os.kill(stopped, signal.SIGCONT)
     for future in futures:
         future.wait()
     for tensor in tensors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from multiprocessing import reduction
 
@@ -12,6 +11,7 @@ import pytest
 
 from fastref._core import Holder, ReferenceTable, table_sizes
 from fastref.segments import create_memfd, map_fd
+from tests.stopping import stopped
 from tests.tables import OWNER
 
 CAPACITY = 128
@@ -153,14 +153,11 @@ def test_references_are_taken_and_dropped_while_the_owner_is_stopped(spawn_worke
     """Here this process is the peer, and the owner another that does nothing at all."""
     [mine], [owner] = start(spawn_workers, mp_context, shared, own, ())
     entry = mine.recv()
-    os.kill(owner.pid, signal.SIGSTOP)
-    try:
+    with stopped(owner.pid):
         alice = Holder(shared.hold, memoryview(bytes(DESCRIPTOR_BYTES)), CAPACITY, 7)
         assert alice.acquire(*entry) and not alice.acquire(*entry)
         assert not alice.release(entry[0]) and alice.release(entry[0])
         assert alice.acquire(*entry)
-    finally:
-        os.kill(owner.pid, signal.SIGCONT)
     mine.send("let go")
     assert mine.recv() == []  # alice holds it
     alice.release(entry[0])
