@@ -14,9 +14,12 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from fastref.channels.sending import checksum
+
 __all__ = [
     "ASKER",
     "DIRECTIONS",
+    "FRAME_MAGIC",
     "HEAD",
     "LISTENER",
     "Cut",
@@ -26,13 +29,16 @@ __all__ = [
     "Piece",
     "Reader",
     "Script",
+    "SUMMED",
     "Stall",
     "Step",
     "Write",
     "as_it_is",
     "corrupted",
     "cut_after",
+    "frame",
     "half_closed_after",
+    "head",
     "one_by_one",
     "stalled_after",
 ]
@@ -44,15 +50,32 @@ LISTENER: Direction = "listener"
 DIRECTIONS = (ASKER, LISTENER)
 
 # Size with the magic in its top byte, number, highest number received, highest whose references were taken, bytes of
-# the record (what is left of the size is its bulk), signal.
-HEAD = struct.Struct("<QQQQII")
+# the record (what is left of the size is its bulk), signal, checksum of the record, checksum of the head before it.
+HEAD = struct.Struct("<QQQQIIII")
 FRAME_MAGIC = 0xFA
+SUMMED = 2  # a signal: behind the bulk comes its checksum
+_SUM = struct.Struct("<I")
 _SIZE_BITS = 56
 _LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 64 << 10
 _MOST_AT_ONCE = 64 << 10
 # What the listener says last before both sides go over to frames.
 FRAMES_AFTER = ("link-welcome", "session-resumed")
+
+
+def head(word: int, number: int, received: int, acquired: int, length: int, signal: int, record: bytes = b"") -> bytes:
+    """Return a head of a frame that says this, with the checksums that make it an intact one."""
+    said = HEAD.pack(word, number, received, acquired, length, signal, checksum(record), 0)[: -_SUM.size]
+    return said + _SUM.pack(checksum(said))
+
+
+def frame(
+    number: int, record: bytes = b"", bulk: bytes = b"", received: int = 0, acquired: int = 0, signal: int = 0
+) -> bytes:
+    """Return a frame. With the signal ``SUMMED`` the bulk's checksum follows it."""
+    behind = bulk + (_SUM.pack(checksum(bulk)) if signal & SUMMED else b"")
+    word = FRAME_MAGIC << _SIZE_BITS | len(record) + len(behind)
+    return head(word, number, received, acquired, len(record), signal, record) + record + behind
 
 
 @dataclasses.dataclass

@@ -19,10 +19,12 @@ import fastref.rpc as rpc
 from fastref.errors import PeerError
 from fastref.rendezvous import Door, WorkerRecord, visit
 from fastref.rref import current_wiring
+from fastref.runtime import abroad, sessions
 from tests import jobs, puppets
 from tests.pieces import (
     ASKER,
     DIRECTIONS,
+    HEAD,
     LISTENER,
     Cut,
     Direction,
@@ -34,6 +36,7 @@ from tests.pieces import (
     as_it_is,
     corrupted,
     cut_after,
+    head,
     stalled_after,
 )
 from tests.proxy import Proxy
@@ -65,6 +68,13 @@ def join_behind_a_proxy(name: str, rank: int, world_size: int, job: str, options
 
     Door.endpoint = property(endpoint)  # type: ignore[assignment, method-assign]
     puppets.join_job(name, rank, world_size, job, options)
+
+
+def join_as_over_a_network(name: str, rank: int, world_size: int, job: str, options: dict[str, Any]) -> None:
+    """As ``join_behind_a_proxy``; connections count as leaving the host."""
+    for module in (abroad, sessions):
+        module.leaves_host = lambda connection: True  # type: ignore[attr-defined]
+    join_behind_a_proxy(name, rank, world_size, job, options)
 
 
 def join_over_tcp(name: str, rank: int, world_size: int, job: str, options: dict[str, Any]) -> None:
@@ -109,6 +119,32 @@ def close_proxy() -> list[str]:
 def resumptions() -> int:
     """Count what went on over a new connection here."""
     return sum(peer.get("resumed", 0) for peer in current_wiring().snapshot()["peers"].values())
+
+
+def damages() -> int:
+    """Count what came damaged here."""
+    return sum(peer.get("damaged", 0) for peer in current_wiring().snapshot()["peers"].values())
+
+
+def write_while_it_is_sent(to: str, seconds: float) -> int:
+    """Send a tensor, again and again, that another thread never ceases to write; how often."""
+    tensor = torch.zeros(LENT, dtype=torch.int64)
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            tensor.add_(1)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    count, end_s = 0, time.monotonic() + seconds
+    try:
+        while time.monotonic() < end_s:
+            count += rpc.rpc_sync(to, len, args=(tensor,)) == LENT
+    finally:
+        over.set()
+        writer.join()
+    return count
 
 
 def silences_s() -> set[float]:
@@ -398,15 +434,52 @@ def cut_next(direction: Direction, share: float = 0.0, towards: Sequence[Directi
     return script
 
 
-def spoil_next(direction: Direction, at: int) -> Script:
-    """Flip the bits of a byte of the next record of one direction."""
+def damage(direction: Direction, at: float, times: int) -> Script:
+    """Flip the bits of a byte of the next record of one direction as often as it comes, so many times.
+
+    ``at`` is which byte of the head, or, under 1, where in all of the frame.
+    """
+    done: list[int] = []
+
+    def script(piece: Piece) -> Sequence[Step]:
+        wanted = piece.number and piece.direction == direction and piece.number == (done or [piece.number])[0]
+        if not wanted or len(done) == times:
+            return as_it_is(piece)
+        done.append(piece.number)
+        return corrupted(piece, int(at if at >= 1 else at * len(piece.data)))
+
+    return script
+
+
+def damage_often(seed: int, most: int) -> Script:
+    """Flip one bit of every so many bytes, wherever it is, and whatever for."""
+    choose = random.Random(seed)
+    left = [choose.randrange(most)]
+
+    def script(piece: Piece) -> Sequence[Step]:
+        data = bytearray(piece.data)
+        if piece.kind != "frame":
+            return as_it_is(piece)
+        while left[0] < len(data):
+            data[left[0]] ^= 1 << choose.randrange(8)
+            left[0] += 1 + choose.randrange(most)
+        left[0] -= len(data)
+        return [Write(bytes(data))]
+
+    return script
+
+
+def talk_nonsense(direction: Direction, field: int, value: int) -> Script:
+    """Put another value into a field of the head of the next record of one direction, with the sum of such a head."""
     done: list[bool] = []
 
     def script(piece: Piece) -> Sequence[Step]:
         if done or piece.direction != direction or not piece.number:
             return as_it_is(piece)
         done.append(True)
-        return corrupted(piece, at)
+        said = list(HEAD.unpack_from(piece.data))
+        said[field] ^= value
+        return [Write(head(*said[:6], piece.data[HEAD.size : HEAD.size + said[4]]) + piece.data[HEAD.size :])]
 
     return script
 

@@ -19,7 +19,7 @@ from fastref.errors import IdentityError
 from fastref.identity import Handshake, mint
 from fastref.identity.handshake import PREFIX
 from fastref.rendezvous.stream import parse_endpoint
-from tests.pieces import FRAME_MAGIC, HEAD
+from tests.pieces import FRAME_MAGIC, frame, head
 
 __all__ = ["KINDS", "knock"]
 
@@ -43,7 +43,7 @@ def _behind_length(data: bytes) -> bytes:
 
 
 def _frame(data: bytes) -> bytes:
-    return HEAD.pack(FRAME_MAGIC << 56 | len(data), 1, 0, 0, len(data), 0) + data
+    return frame(1, data)
 
 
 KINDS: dict[str, Callable[[bytes], bytes]] = {
@@ -67,7 +67,7 @@ KINDS: dict[str, Callable[[bytes], bytes]] = {
     "pickle behind a length": _behind_length,
     "pickle in a frame": _frame,
     "a claim of 4 GiB": lambda bomb: b"\xff\xff\xff\xff" + bomb,
-    "a claim of 2**55": lambda bomb: HEAD.pack(FRAME_MAGIC << 56 | 1 << 55, 1, 0, 0, 6, 0) + bomb,
+    "a claim of 2**55": lambda bomb: head(FRAME_MAGIC << 56 | 1 << 55, 1, 0, 0, 6, 0, bomb[:6]) + bomb,
     "a hello and a pickle": lambda bomb: _hello() + PREFIX.pack(b"\xf5frh", 1, 3, 40) + bomb,
     "half a hello": lambda bomb: _hello()[: random.randrange(1, 72)],
     "nothing": lambda bomb: b"",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import pieces
 from tests.pieces import (
     ASKER,
     HEAD,
@@ -127,7 +128,7 @@ def room() -> Iterator[Callable[[Script], Room]]:
 
 
 def frame(number: int, record: bytes, received: int = 0) -> bytes:
-    return HEAD.pack(0xFA << 56 | len(record), number, received, received, len(record), 0) + record
+    return pieces.frame(number, record, received=received, acquired=received)
 
 
 def at_frame(number: int, steps: Callable[[Piece], list[Step]], direction: str = ASKER) -> Script:

@@ -18,6 +18,7 @@ from tests.pieces import ASKER, DIRECTIONS
 from tests.puppets import PATIENCE_S, Puppet, Troupe, troupe_fixture  # noqa: F401
 
 Start = Callable[..., list[Puppet]]
+MOST_DAMAGED = 8  # times that the same record may come damaged
 FAR_AWAY_S = 1000.0  # what this would have to be waited for does not happen in a test
 
 
@@ -244,16 +245,70 @@ def test_two_between_which_there_is_no_way_give_each_other_up(start: Start) -> N
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("at", [7, 8, 16, 24, 33, 36])
-def test_nonsense_is_no_break_that_is_mended(start: Start, direction: str, at: int) -> None:
+@pytest.mark.parametrize(("field", "value"), [(0, 1 << 56), (0, 1 << 40), (1, 64), (2, 1 << 30), (3, 1 << 30), (5, 8)])
+def test_nonsense_is_no_break_that_is_mended(start: Start, direction: str, field: int, value: int) -> None:
     alice, bob = start()
-    alice.do(proxied.use_script, proxied.spoil_next, direction, at)
+    alice.do(proxied.use_script, proxied.talk_nonsense, direction, field, value)
     bob.do(proxied.begin_call, "w0", 1)
     hearer, speaker = (alice, bob) if direction == ASKER else (bob, alice)
     reason = hearer.do(proxied.wait_for_death, speaker.name)[0]
-    assert re.search(r"no frame|without a number|left out|never sent", reason)
+    assert re.search(r"no frame|without a number|left out|never sent|memory", reason)
     told = speaker.do(proxied.wait_for_death, hearer.name)[0]
     assert f"has given up worker '{speaker.name}'" in told and reason in told
+
+
+# ---- what is damaged on its way
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("at", [1, 7, 8, 16, 24, 33, 36, 42, 47, 48, 60, 0.5, 0.999])
+def test_what_is_damaged_on_its_way_is_sent_again(start: Start, troupe: Troupe, direction: str, at: float) -> None:
+    alice, bob = start(join=proxied.join_as_over_a_network)
+    for number in range(2):  # with a large tensor, and without
+        alice.do(proxied.use_script, proxied.damage, direction, at, 2)
+        bob.do(proxied.call_in_a_row, "w0", 5 * number + number, 1)
+    assert (alice if direction == ASKER else bob).do(proxied.damages) == 4
+    assert bob.do(proxied.resumptions) == 4
+    assert_each_ran_once(alice, 2)
+    troupe.leave([alice, bob])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("at", [1, 8, 36, 48, 0.5])
+def test_what_is_damaged_however_often_it_is_sent_ends_the_session(start: Start, direction: str, at: float) -> None:
+    alice, bob = start(join=proxied.join_as_over_a_network)
+    alice.do(proxied.use_script, proxied.damage, direction, at, MOST_DAMAGED)
+    bob.order(proxied.trouble_with, "w0")
+    hearer, speaker = (alice, bob) if direction == ASKER else (bob, alice)
+    reason = "what it sends comes damaged, again and again"
+    if hearer is alice:
+        assert reason in hearer.do(proxied.wait_for_death, speaker.name)[0]
+    name, text = bob.outcome()
+    assert name == "WorkerDied" and reason in text
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.gates) for seed in range(2, 12))])
+def test_calls_go_on_over_a_network_that_damages(start: Start, troupe: Troupe, seed: int) -> None:
+    alice, bob = start(join=proxied.join_as_over_a_network)
+    alice.do(proxied.use_script, proxied.damage_often, seed, 4_000_000)
+    bob.order(proxied.call_from_many_threads, "w0", 3, 100)
+    alice.order(proxied.call_in_a_row, "w1", 0, 100)
+    bob.outcome()
+    alice.outcome()
+    assert sum(puppet.do(proxied.damages) for puppet in (alice, bob)) >= 5
+    alice.do(proxied.let_all_on)
+    assert_each_ran_once(alice, 300)
+    assert_each_ran_once(bob, 100)
+    for puppet in (alice, bob):
+        puppet.do(proxied.wait_until_clean)
+    troupe.leave([alice, bob])
+
+
+def test_who_writes_what_is_being_sent_breaks_a_connection_at_most(start: Start, troupe: Troupe) -> None:
+    alice, bob = start(join=proxied.join_as_over_a_network)
+    assert bob.do(proxied.write_while_it_is_sent, "w0", 2.0) > 100
+    assert alice.do(proxied.damages) <= 1
+    troupe.leave([alice, bob])
 
 
 # ---- what is sent from where it lies

@@ -19,6 +19,7 @@ from fastref.channels.channel import BELL_BYTES, Inbox
 from fastref.channels.tcp import LARGEST_RECORD, TcpChannel, TcpLoop
 from fastref.errors import ProtocolError, UsageError
 from fastref.runtime.post import use_warm_memory
+from tests import pieces
 from tests.pieces import FRAME_MAGIC, HEAD
 
 PATIENCE_S = 60.0
@@ -125,7 +126,7 @@ class Raw:
 
     def say(self, *heads: tuple[int, ...], data: bytes = b"") -> None:
         with contextlib.suppress(BrokenPipeError):
-            self.socket.sendall(b"".join(HEAD.pack(*head) for head in heads) + data)
+            self.socket.sendall(b"".join(pieces.head(*head, data[: head[4]]) for head in heads) + data)
 
     def step_until_broken(self) -> str:
         step_until(self.end.step, lambda: self.end.breaks)
@@ -351,6 +352,8 @@ def test_the_end_is_seen_though_it_comes_together_with_the_last_record() -> None
         ((MAGIC | LARGEST_RECORD + 1, 1, 0, 0, LARGEST_RECORD + 1, 0), "no frame"),
         ((MAGIC | 5, 1, 0, 0, 6, 0), "no frame"),
         ((MAGIC | 6, 1, 0, 0, 6, 2), "no frame"),
+        ((MAGIC | 10, 1, 0, 0, 6, 2), "no frame"),
+        ((MAGIC | 6, 1, 0, 0, 6, 4), "no frame"),
         ((MAGIC | 6, 0, 0, 0, 6, 0), "a record without a number"),
         ((MAGIC | 6, 2, 0, 0, 6, 0), "left out records"),
         ((MAGIC | 6, 2**64 - 1, 0, 0, 6, 0), "left out records"),
@@ -456,7 +459,7 @@ def test_a_peer_that_does_not_read_costs_so_much_memory_and_holds_up_nobody_else
         while read < expected:
             read += len(unread.recv(1 << 20))
             one.step()
-        unread.sendall(HEAD.pack(MAGIC, 0, sent, sent, 0, 0))
+        unread.sendall(pieces.frame(0, received=sent, acquired=sent))
         step_until(one.step, lambda: stuck.is_quiet)
         assert stuck.send(b"there is room") is not None
     finally:

@@ -1,30 +1,23 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastref.channels.channel import Channel, Inbox
+from fastref.channels.channel import Inbox
+from fastref.channels.sending import StreamSender
 
 LARGEST_RECORD: int
 
-class TcpChannel(Channel):
-    fd: int
-    source: int
-    room_bytes: int
+class TcpChannel(StreamSender):
     spoilt: bool
+    damaged: int
     silent: bool
-    leaving: bool
-    peer_left: bool
     reason: str | None
-    sent: int
-    received: int
     resumed: int
-    bytes_sent: int
     bytes_received: int
     def __init__(self, loop: TcpLoop, source: int, room_bytes: int = ..., silence_s: float = 0.0) -> None: ...
-    def attach(self, fd: int, received: int = 0) -> None: ...
+    def attach(self, fd: int, received: int = 0, sums: bool = False) -> None: ...
     def hang_up(self) -> None: ...
     def disown(self) -> None: ...
     def send_with(self, data: bytes, bulk: bytes) -> int | None: ...
-    def leave(self) -> None: ...
     @property
     def is_broken(self) -> bool: ...
     @property

@@ -4,9 +4,10 @@ A session is what the two ends remember beyond one connection. Records are numbe
 receiver has said that it came. After a break the ends tell each other the last number that came, the sender sends again
 what follows it, and the receiver drops what it has. So a record happens once while both processes live.
 
-Sending is done by whoever sends, straight into the socket; what does not fit stays queued, and the loop goes on when
-there is room. Receiving is done by the loop, on one thread for all channels of a worker, without the interpreter lock: a
-record goes to the inbox, and the bytes behind it into memory of their own, from which tensors are made in place.
+Sending is in ``sending``. Receiving is done by the loop, on one thread for all channels of a worker, without the
+interpreter lock: a record goes to the inbox, and the bytes behind it into memory of their own, from which tensors are made
+in place. What was damaged on its way ends the connection, and is sent again over the next one; what is intact and makes
+no sense ends the session.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -15,9 +16,14 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memmove, memset, strerror
 
 from fastref._core cimport (FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_relaxed, fr_load32_acquire, fr_load_acquire,
-                            fr_now_ns, fr_store32_relaxed, fr_store32_release, fr_store_release, pthread_mutex_destroy,
-                            pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
-from fastref.channels.channel cimport FR_MAX_PEERS, SENT_CLOSED, SENT_FULL, SENT_TOO_LARGE, Bulk, Channel, Give, Inbox, iovec
+                            fr_now_ns, fr_store32_relaxed, fr_store32_release, fr_store_release, pthread_mutex_lock,
+                            pthread_mutex_unlock)
+from fastref.channels.channel cimport FR_MAX_PEERS, Bulk, Give, Inbox, iovec
+from fastref.channels.sending cimport (EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT,
+                                       EPOLLRDHUP, FR_FRAME_MAGIC, FR_FRAME_SIZE, FR_STREAM_EVENTS, LARGEST, MSG_DONTWAIT,
+                                       SHUT_RDWR, SIGNAL_LARGEST, SIGNAL_LEAVING, SIGNAL_NONE, SIGNAL_SUMMED, SUM_BYTES,
+                                       Head, Outgoing, StreamSender, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
+                                       fr_crc32c, msghdr, recv, recvmsg, shutdown)
 
 from fastref.errors import ProtocolError, ResourceError, UsageError
 
@@ -25,35 +31,9 @@ __all__ = ["LARGEST_RECORD", "TcpChannel", "TcpLoop"]
 
 fr_failpoints_here = failpoints()
 
-cdef extern from "sys/epoll.h" nogil:
-    ctypedef union epoll_data_t:
-        void* ptr
-        int fd
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP, EPOLLRDHUP, EPOLLET, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-    int epoll_create1(int)
-    int epoll_ctl(int, int, int, epoll_event*)
-    int epoll_wait(int, epoll_event*, int, int)
-
 cdef extern from "sys/eventfd.h" nogil:
     int EFD_CLOEXEC, EFD_NONBLOCK
     int eventfd(unsigned, int)
-
-cdef extern from "sys/socket.h" nogil:
-    struct msghdr:
-        void* msg_name
-        size_t msg_namelen
-        iovec* msg_iov
-        size_t msg_iovlen
-        void* msg_control
-        size_t msg_controllen
-        int msg_flags
-    int MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, SHUT_WR
-    ssize_t sendmsg(int, msghdr*, int)
-    ssize_t recv(int, void*, size_t, int)
-    int shutdown(int, int)
 
 cdef extern from "unistd.h" nogil:
     int close_fd "close"(int)
@@ -61,14 +41,12 @@ cdef extern from "unistd.h" nogil:
     ssize_t read(int, void*, size_t)
 
 cdef enum:
-    LARGEST = 65536             # bytes of a record without its bulk
     BUFFER = 262144             # bytes read at once; at least one record with its head
     READS = 16                  # of that size, before another channel has its turn
+    SUM_AT_ONCE = 524288        # bytes that are read at once, and summed while they are in the cache
+    MOST_DAMAGED = 8            # times that the same record may come damaged
     BULK_AHEAD = 4096           # bytes read at once behind a record with a bulk: another such one may follow
-    PIECES = 128                # in one system call
     EVENTS = 64
-    SIGNAL_NONE = 0
-    SIGNAL_LEAVING = 1          # nothing follows: the process leaves
     CONFIRM_BYTES = 8388608     # received and not confirmed, when a confirmation is sent of its own
     CONFIRM_RECORDS = 256
     TICK_MS = 20                # while confirmations are owed
@@ -78,14 +56,11 @@ cdef enum:
 
 LARGEST_RECORD = LARGEST
 
-cdef uint64_t MAGIC = <uint64_t>0xFA << 56
-cdef uint64_t SIZE_MASK = (<uint64_t>1 << 56) - 1
-
 ROOM_BYTES = 64 << 20
 cdef int64_t NEVER_NS = <int64_t>1 << 62
 
 
-cdef class TcpChannel(Channel):
+cdef class TcpChannel(StreamSender):
     """Records to and from one peer over a stream, a TCP connection or one end of a socket pair.
 
     Parameters
@@ -104,11 +79,8 @@ cdef class TcpChannel(Channel):
         self.room_bytes = room_bytes
         self.quiet_ns = min(loop.silence_ns or NEVER_NS, <int64_t>(silence_s * 1e9) or NEVER_NS) // 3
         self.loop, self.inbox, self.source = loop, loop.inbox, source
-        self.largest, self.borrowing = LARGEST, True
-        self.fd = -1
-        self.broken = 1
+        self.watcher = loop.fd
         self.reason = "it is not connected yet"
-        pthread_mutex_init(&self.lock, NULL)
         self.buffer, self.ahead = <char*>malloc(BUFFER), BUFFER
         if self.buffer == NULL:
             raise MemoryError()
@@ -117,217 +89,10 @@ cdef class TcpChannel(Channel):
         loop.channels[source] = <void*>self
 
     def __dealloc__(self):
-        while self.first != NULL:
-            self._drop_first()
         self._forget_partial()
         free(self.buffer)
         if self.fd >= 0:
             close_fd(self.fd)
-        pthread_mutex_destroy(&self.lock)
-
-    # ---- sending; any thread
-
-    cdef int64_t try_send(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size) noexcept nogil:
-        return self.try_send_bulk(head, head_size, body, body_size, NULL)
-
-    cdef int64_t try_send_bulk(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                               Bulk* bulk) noexcept nogil:
-        cdef int64_t position
-        if head_size + body_size > LARGEST:
-            return SENT_TOO_LARGE
-        pthread_mutex_lock(&self.lock)
-        if self.closed or self.leaving or self.peer_left:
-            pthread_mutex_unlock(&self.lock)
-            return SENT_CLOSED
-        if self.kept >= self.room_bytes:
-            pthread_mutex_unlock(&self.lock)
-            return SENT_FULL
-        position = self._queue(head, head_size, body, body_size, bulk)
-        if position > 0 and not self.wants_room:
-            self._flush()
-        pthread_mutex_unlock(&self.lock)
-        return position
-
-    cdef int64_t _queue(self, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
-                        Bulk* bulk) noexcept nogil:
-        cdef uint64_t size = head_size + body_size
-        cdef Outgoing* record = <Outgoing*>malloc(sizeof(Outgoing) + size)
-        if record == NULL:
-            return SENT_FULL
-        memset(record, 0, sizeof(Outgoing))
-        record.size = size
-        if bulk != NULL:
-            record.bulk = bulk[0]
-            if bulk.start == NULL and not self._borrow(record):
-                free(record)
-                return SENT_FULL
-            bulk.start = NULL
-        self.number += 1
-        record.head.number, record.head.record = self.number, size
-        record.head.size = MAGIC | (size + record.bulk.size)
-        memcpy(record.data, head, head_size)
-        if body_size:
-            memcpy(record.data + head_size, body, body_size)
-        if self.last == NULL:
-            self.first = record
-        else:
-            self.last.after = record
-        self.last = record
-        if self.current == NULL:
-            self.current, self.done = record, 0
-        self.kept += sizeof(Outgoing) + size + record.bulk.size
-        self.sent += 1
-        return self.number
-
-    cdef void _flush(self) noexcept nogil:
-        """Send what is queued, as far as there is room. Under the lock."""
-        cdef iovec[PIECES] pieces
-        cdef msghdr message
-        cdef Outgoing* record
-        cdef uint64_t skip, left
-        cdef ssize_t sent
-        cdef size_t count
-        while self.current != NULL and not self.broken:
-            count = 0
-            record, skip = self.current, self.done
-            while record != NULL and count < PIECES:
-                if not skip or record != self.current:
-                    self._fill_head(&record.head)
-                count = _add_pieces(record, skip, pieces, count)
-                record, skip = record.after, 0
-            memset(&message, 0, sizeof(message))
-            message.msg_iov, message.msg_iovlen = pieces, count
-            sent = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-            if sent < 0:
-                if errno == EINTR:
-                    continue
-                # Full: the loop hears of room. Broken: the loop hears of that too, and says so.
-                self._want_room(True)
-                return
-            self.bytes_sent += sent
-            self.spoke_ns = fr_now_ns()
-            left = sent
-            while left:
-                skip = sizeof(Head) + self.current.size + self.current.bulk.size - self.done
-                if left < skip:
-                    self.done += left
-                    break
-                left -= skip
-                self.current, self.done = self.current.after, 0
-        if self.leaving and not self.left and not self.broken:
-            if self._speak(SIGNAL_LEAVING):
-                self.left = True
-                shutdown(self.fd, SHUT_WR)
-            else:
-                self._want_room(True)
-
-    cdef void _want_room(self, bint wanted) noexcept nogil:
-        """Have the loop go on when the socket has room, or not any more. Under the lock."""
-        cdef epoll_event event
-        if self.wants_room != wanted and not self.broken:
-            self.wants_room = wanted
-            event.events, event.data.ptr = EVENTS_OF | (EPOLLOUT if wanted else 0), <void*>self
-            epoll_ctl(self.loop.fd, EPOLL_CTL_MOD, self.fd, &event)
-
-    cdef void _fill_head(self, Head* head) noexcept nogil:
-        """Confirm what has come, as of now."""
-        self.owed_bytes = 0
-        head.received = self.told_received = self.received
-        # What the inbox has is counted as received a moment later.
-        head.acquired = self.told_acquired = min(self.inbox.queue_position(self.source, True), head.received)
-
-    cdef bint _speak(self, uint32_t signal) noexcept nogil:
-        """Send a head of its own, between two records; under the lock. Without room there is traffic, which says it too."""
-        cdef Head head
-        cdef iovec piece
-        cdef msghdr message
-        cdef ssize_t sent
-        if self.broken or self.wants_room or self.done or self.left or self.fd < 0:
-            return False
-        memset(&head, 0, sizeof(head))
-        head.size, head.signal = MAGIC, signal
-        self._fill_head(&head)
-        piece.iov_base, piece.iov_len = &head, sizeof(head)
-        memset(&message, 0, sizeof(message))
-        message.msg_iov, message.msg_iovlen = &piece, 1
-        sent = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
-        if 0 < sent < <ssize_t>sizeof(head):  # half of it fitted: the connection is of no use any more
-            shutdown(self.fd, SHUT_RDWR)
-        elif sent > 0:
-            self.spoke_ns = fr_now_ns()
-        return sent > 0
-
-    cdef bint _confirmed(self, uint64_t received) noexcept nogil:
-        """The peer has all records up to a number; False when that cannot be. Under the lock."""
-        if received >= (self.current.head.number if self.current != NULL else self.number + 1):
-            return False
-        while self.first != NULL and self.first != self.current and self.first.head.number <= received:
-            self._drop_first()
-        return True
-
-    cdef void _drop_first(self) noexcept nogil:
-        cdef Outgoing* record = self.first
-        self.first = record.after
-        if self.first == NULL:
-            self.last = NULL
-        if self.current == record:
-            self.current, self.done = record.after, 0
-        self.kept -= sizeof(Outgoing) + record.size + record.bulk.size
-        if record.bulk.start != NULL:
-            record.bulk.give(record.bulk.start, record.bulk.size)
-        elif record == self.borrowed:
-            self.borrowed = record.next_borrowed
-            free(record.bulk.pieces)
-        free(record)
-
-    # ---- bytes that are lent; they are written by nobody meanwhile, or whoever writes them may be heard
-
-    cdef bint _borrow(self, Outgoing* record) noexcept nogil:
-        """Note where the bytes behind a new record lie."""
-        cdef size_t size = record.bulk.piece_count * sizeof(iovec)
-        cdef iovec* pieces = <iovec*>malloc(size)
-        cdef Outgoing** at = &self.borrowed
-        if pieces == NULL:
-            return False
-        memcpy(pieces, record.bulk.pieces, size)
-        record.bulk.pieces = pieces
-        while at[0] != NULL:
-            at = &at[0].next_borrowed
-        at[0] = record
-        return True
-
-    cdef Outgoing** _borrowed_at(self, int64_t position) noexcept nogil:
-        cdef Outgoing** at = &self.borrowed
-        while at[0] != NULL and at[0].head.number != <uint64_t>position:
-            at = &at[0].next_borrowed
-        return at
-
-    cdef bint borrows(self, int64_t position) noexcept nogil:
-        cdef bint found
-        pthread_mutex_lock(&self.lock)
-        found = self._borrowed_at(position)[0] != NULL
-        pthread_mutex_unlock(&self.lock)
-        return found
-
-    cdef void give_back(self, int64_t position, Bulk* instead) noexcept nogil:
-        """Read the bytes of a record from ``instead``, which is taken over, if they are still needed."""
-        cdef Outgoing** at
-        cdef Outgoing* record
-        pthread_mutex_lock(&self.lock)
-        at = self._borrowed_at(position)
-        record = at[0]
-        if record != NULL:
-            at[0] = record.next_borrowed
-            free(record.bulk.pieces)
-            record.bulk = instead[0]
-            instead.start = NULL
-        pthread_mutex_unlock(&self.lock)
-
-    cdef uint64_t acquired(self) noexcept nogil:
-        return fr_load_acquire(&self.acquired_there)
-
-    cdef uint64_t consumed(self) noexcept nogil:
-        return fr_load_acquire(&self.acquired_there)
 
     cdef void close(self) noexcept nogil:
         """Send no more, and hang up: what the peer has not read may be lost."""
@@ -359,14 +124,6 @@ cdef class TcpChannel(Channel):
             close_fd(self.fd)
         self.fd = -1
 
-    def leave(self) -> None:
-        """Say, behind all that is queued, that nothing follows."""
-        pthread_mutex_lock(&self.lock)
-        self.leaving = True
-        if not self.wants_room:
-            self._flush()
-        pthread_mutex_unlock(&self.lock)
-
     @property
     def is_broken(self) -> bool:
         """Whether it is not connected: nothing is sent or read until ``attach``."""
@@ -382,7 +139,7 @@ cdef class TcpChannel(Channel):
         """When something came last, on the clock of ``time.monotonic``."""
         return self.heard_ns / 1e9
 
-    def attach(self, fd: int, received: int = 0) -> None:
+    def attach(self, fd: int, received: int = 0, sums: bool = False) -> None:
         """Go on over a connected socket, which is this channel's from here on, unless this raises.
 
         Parameters
@@ -391,6 +148,8 @@ cdef class TcpChannel(Channel):
             Non-blocking.
         received : int
             The last of our records that the peer has: what follows is sent (again).
+        sums : bool
+            Whether checksums are sent of what lies behind records.
 
         Raises
         ------
@@ -410,18 +169,13 @@ cdef class TcpChannel(Channel):
             wrong = 2
         else:
             self._forget_partial()
-            self.current, self.done = NULL, 0
-            while self.first != NULL and self.first.head.number <= <uint64_t>received:
-                self._drop_first()
-            self.current = self.first
-            # A farewell is said again, and what was confirmed too: who knows what of it has come.
-            self.wants_room = self.left = self.more = self.ending = False
-            self.told_received = self.told_acquired = 0
-            self.heard_ns = self.spoke_ns = fr_now_ns()
+            self.more = self.ending = False
+            self._go_on(received, sums, self.fd >= 0)
+            self.heard_ns = fr_now_ns()
             again, self.fd = self.fd, fd
             # SYNC: the loop's thread has all of the above. Before it can hear of the socket: an edge is told but once.
             fr_store32_release(&self.broken, 0)
-            event.events, event.data.ptr = EVENTS_OF, <void*>self
+            event.events, event.data.ptr = FR_STREAM_EVENTS, <void*>self
             if epoll_ctl(self.loop.fd, EPOLL_CTL_ADD, fd, &event):
                 wrong = 3
                 fr_store32_release(&self.broken, 1)
@@ -461,8 +215,7 @@ cdef class TcpChannel(Channel):
         for tries in range(READS):
             if self.bulk.start != NULL:
                 whole = False
-                asked = self.bulk.size - self.filled
-                got = recv(self.fd, self.bulk.start + self.filled, asked, MSG_DONTWAIT)
+                got = self._read_bulk(&asked)
             else:
                 if self.start:
                     memmove(self.buffer, self.buffer + self.start, self.end - self.start)
@@ -481,36 +234,87 @@ cdef class TcpChannel(Channel):
             self.bytes_received += got
             self.heard_ns = fr_now_ns()
             if not whole:
-                self.filled += got
-                if self.filled == self.bulk.size and not self._deliver(NULL, &self.bulk):
-                    self.spoilt = True
-                    return b"out of memory"
+                wrong = self._came(got)
             else:
                 self.end += got
                 wrong = self._parse()
-                if wrong != NULL:
-                    self.spoilt = True
-                    return wrong
+            if wrong != NULL:
+                self.spoilt = wrong != DAMAGED
+                return wrong
             if got < asked and not self.ending:
                 return NULL  # all that was there: what follows is another edge
         self.more = True
         return NULL
 
+    cdef ssize_t _read_bulk(self, ssize_t* asked) noexcept nogil:
+        """Read into the memory for a bulk, and what lies behind it: its checksum."""
+        cdef iovec[2] pieces
+        cdef msghdr message
+        cdef uint64_t left = self.bulk.size - min(self.filled, self.bulk.size)
+        cdef uint64_t left_of_sum = self.bulk.size + self.sum_size - self.filled - left
+        if not self.sum_size:
+            asked[0] = left
+            return recv(self.fd, self.bulk.start + self.filled, left, MSG_DONTWAIT)
+        if left > SUM_AT_ONCE:
+            left, left_of_sum = SUM_AT_ONCE, 0
+        memset(&message, 0, sizeof(message))
+        pieces[0].iov_base, pieces[0].iov_len = self.bulk.start + self.filled, left
+        pieces[1].iov_base, pieces[1].iov_len = <char*>&self.sum_said + (self.sum_size - left_of_sum), left_of_sum
+        message.msg_iov, message.msg_iovlen = pieces, 2
+        asked[0] = left + left_of_sum
+        return recvmsg(self.fd, &message, MSG_DONTWAIT)
+
+    cdef const char* _came(self, uint64_t count) noexcept nogil:
+        """So many more bytes of a bulk have come, or of its checksum. Returns what is wrong with it; NULL: nothing."""
+        cdef uint64_t before = self.filled
+        self.filled += count
+        if self.sum_size and before < self.bulk.size:
+            self.sum = fr_crc32c(self.sum, self.bulk.start + before, min(self.filled, self.bulk.size) - before)
+        if self.filled < self.bulk.size + self.sum_size:
+            return NULL
+        if self.sum_size and self.sum != self.sum_said:
+            return self._damaged()
+        if not self._deliver(NULL, &self.bulk):
+            return NO_MEMORY
+        return NULL
+
+    cdef const char* _damaged(self) noexcept nogil:
+        """What has come is not what was sent. Over another connection it will come again."""
+        self.damaged_again = self.damaged_again + 1 if self.received == self.damaged_behind else 1
+        self.damaged_behind = self.received
+        self.damaged += 1
+        if self.damaged_again < MOST_DAMAGED:
+            return DAMAGED
+        return b"what it sends comes damaged, again and again"
+
     cdef const char* _parse(self) noexcept nogil:
         """Deal with all whole records that were read. Returns what is wrong with them; NULL: nothing."""
         cdef Head* head = &self.head
+        cdef const char* record
+        cdef const char* wrong
         cdef uint64_t size, there, bulk
         cdef Bulk none
         cdef bint known
         while self.bulk.start == NULL and self.end - self.start >= sizeof(Head):
             memcpy(head, self.buffer + self.start, sizeof(Head))
-            size = head.size & SIZE_MASK
-            if head.size & ~SIZE_MASK != MAGIC or head.record > LARGEST or head.record > size or head.signal > SIGNAL_LEAVING:
+            if head.sum != fr_crc32c(0, head, sizeof(Head) - SUM_BYTES):
+                return self._damaged()
+            size = head.size & FR_FRAME_SIZE
+            if head.size & ~FR_FRAME_SIZE != FR_FRAME_MAGIC or head.record > LARGEST or head.record > size \
+                    or head.signal > SIGNAL_LARGEST:
                 return b"it sent what is no frame"
             if not head.number and size:
                 return b"it sent a record without a number"
+            bulk, self.sum_size = size - head.record, 0
+            if head.signal & SIGNAL_SUMMED:
+                if bulk <= SUM_BYTES:
+                    return b"it sent what is no frame"
+                bulk, self.sum_size = bulk - SUM_BYTES, SUM_BYTES
             if self.end - self.start < sizeof(Head) + head.record:
                 return NULL
+            record = self.buffer + self.start + sizeof(Head)
+            if head.record_sum != fr_crc32c(0, record, head.record):
+                return self._damaged()
             if head.number > self.received + 1:
                 return b"it left out records"
             if head.received != self.confirmed_there:  # who sends much has the lock for long
@@ -524,32 +328,31 @@ cdef class TcpChannel(Channel):
                 return b"it confirmed what was never sent"
             if head.acquired > self.acquired_there:
                 fr_store_release(&self.acquired_there, head.acquired)  # SYNC: its pins are looked at after this
-            if head.signal == SIGNAL_LEAVING:
+            if head.signal & SIGNAL_LEAVING:
                 self.peer_left = True
-            bulk = size - head.record
             if not bulk:
                 if head.number > self.received:
                     none.start = NULL
-                    if not self._deliver(self.buffer + self.start + sizeof(Head), &none):
-                        return b"out of memory"
+                    if not self._deliver(record, &none):
+                        return NO_MEMORY
                 self.start += sizeof(Head) + head.record
                 continue
             # The claim of a size is only a number until its bytes come: memory is touched as they do.
             self.bulk.start = <char*>self.loop.take(bulk)
             if self.bulk.start == NULL:
                 return b"it sent more at once than there is memory for"
-            self.bulk.size, self.bulk.give, self.filled = bulk, self.loop.give, 0
+            self.bulk.size, self.bulk.give, self.filled, self.sum = bulk, self.loop.give, 0, 0
             # The record stays in the buffer, in front, until its bulk is whole.
-            there = self.end - self.start - sizeof(Head) - head.record
-            there = min(there, bulk)
-            memcpy(self.bulk.start, self.buffer + self.start + sizeof(Head) + head.record, there)
-            memmove(self.buffer + self.start + sizeof(Head) + head.record,
-                    self.buffer + self.start + sizeof(Head) + head.record + there,
-                    self.end - self.start - sizeof(Head) - head.record - there)
+            record += head.record
+            there = min(<uint64_t>(self.buffer + self.end - record), bulk + self.sum_size)
+            memcpy(self.bulk.start, record, min(there, bulk))
+            if there > bulk:
+                memcpy(&self.sum_said, record + bulk, there - bulk)
+            memmove(<char*>record, record + there, <size_t>(self.buffer + self.end - record) - there)
             self.end -= there
-            self.filled = there
-            if there == bulk and not self._deliver(NULL, &self.bulk):
-                return b"out of memory"
+            wrong = self._came(there)
+            if wrong != NULL:
+                return wrong
         return NULL
 
     cdef bint _deliver(self, const char* record, Bulk* bulk) noexcept nogil:
@@ -608,7 +411,7 @@ cdef class TcpChannel(Channel):
             borrowed, record = borrowed + 1, record.next_borrowed
         pthread_mutex_unlock(&self.lock)
         return dict(connected=not self.broken, unconfirmed_bytes=self.kept, borrowed=borrowed, sent=self.sent, received=self.received,
-                    bytes_sent=self.bytes_sent, bytes_received=self.bytes_received, resumed=self.resumed)
+                    bytes_sent=self.bytes_sent, bytes_received=self.bytes_received, resumed=self.resumed, damaged=self.damaged)
 
 
 cdef class TcpLoop:
@@ -766,27 +569,9 @@ cdef class TcpLoop:
         return 0
 
 
-cdef uint32_t EVENTS_OF = EPOLLIN | EPOLLRDHUP | EPOLLET
 cdef const char* SILENT = b"silence"
-
-
-cdef size_t _add_pieces(Outgoing* record, uint64_t skip, iovec* pieces, size_t count) noexcept nogil:
-    """Add what follows ``skip`` bytes of a record to what is sent, as far as there is room; returns how many there are."""
-    count = _add_piece(<char*>&record.head, sizeof(Head) + record.size, &skip, pieces, count)
-    if record.bulk.start != NULL:
-        return _add_piece(record.bulk.start, record.bulk.size, &skip, pieces, count)
-    for i in range(record.bulk.piece_count):
-        count = _add_piece(<char*>record.bulk.pieces[i].iov_base, record.bulk.pieces[i].iov_len, &skip, pieces, count)
-    return count
-
-
-cdef inline size_t _add_piece(char* start, uint64_t size, uint64_t* skip, iovec* pieces, size_t count) noexcept nogil:
-    if skip[0] >= size:
-        skip[0] -= size
-    elif count < PIECES:
-        pieces[count].iov_base, pieces[count].iov_len = start + skip[0], size - skip[0]
-        count, skip[0] = count + 1, 0
-    return count
+cdef const char* DAMAGED = b"what it sent was damaged on its way"
+cdef const char* NO_MEMORY = b"out of memory"
 
 
 cdef void* _take(uint64_t size) noexcept nogil:

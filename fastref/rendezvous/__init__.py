@@ -1,5 +1,6 @@
 """How workers find, check and link each other: over unix sockets within a host, over TCP between hosts."""
 
+from fastref.rendezvous.addresses import leaves_host
 from fastref.rendezvous.connection import Connection, Message
 from fastref.rendezvous.door import Door, open_door
 from fastref.rendezvous.failure import tell_coordinator, tell_members
@@ -74,6 +75,7 @@ __all__ = [
     "is_open",
     "job_name",
     "join",
+    "leaves_host",
     "link_all",
     "link_members",
     "open_door",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from fastref.errors import UsageError
 
-__all__ = ["ADDRESS_VARIABLE", "INTERFACE_VARIABLE", "LOOPBACK", "Address", "choose_address"]
+__all__ = ["ADDRESS_VARIABLE", "INTERFACE_VARIABLE", "LOOPBACK", "Address", "choose_address", "leaves_host"]
 
 ADDRESS_VARIABLE, INTERFACE_VARIABLE = "FASTREF_ADDRESS", "FASTREF_INTERFACE"
 TORCHS_VARIABLE = "TP_SOCKET_IFNAME"  # by which torch's own agent goes
@@ -45,6 +46,22 @@ class Address:
     def is_loopback(self) -> bool:
         """Whether only this host can reach it."""
         return ipaddress.ip_address(self.text).is_loopback
+
+
+def leaves_host(connection: socket.socket) -> bool:
+    """Tell whether what is sent over a connection goes through a network as it is.
+
+    It does not over a pair of unix sockets, behind which TLS is, nor between two addresses of one host.
+    """
+    if connection.family == socket.AF_UNIX:
+        return False
+    try:
+        here, there = (ipaddress.ip_address(name[0]) for name in (connection.getsockname(), connection.getpeername()))
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False  # it is over already, as who reads it will find
+    return here != there and not there.is_loopback
 
 
 LOOPBACK = Address("127.0.0.1", "all workers are on this host")

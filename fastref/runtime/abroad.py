@@ -15,7 +15,7 @@ from fastref._core import MirrorHolder, table_sizes
 from fastref.channels.channel import Inbox
 from fastref.channels.tcp import TcpChannel, TcpLoop
 from fastref.protocol import session
-from fastref.rendezvous import Door, TcpLink, WorkerRecord
+from fastref.rendezvous import Door, TcpLink, WorkerRecord, leaves_host
 from fastref.runtime.post import use_warm_memory
 from fastref.runtime.sessions import Sessions
 
@@ -84,7 +84,7 @@ class Abroad:
         """Read from here on, and send what was queued meanwhile."""
         while self._sockets:
             rank, sock = self._sockets.popitem()
-            self._channels[rank].attach(sock.fileno())
+            self._channels[rank].attach(sock.fileno(), sums=leaves_host(sock))
             sock.detach()
         self._thread.start()
 

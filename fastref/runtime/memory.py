@@ -29,7 +29,7 @@ from fastref.segments.mapping import Mapping
 
 __all__ = ["LAYOUT", "SLOTS", "OwnMemory", "PeerMemory"]
 
-LAYOUT = 5  # of everything below and in the C headers; peers of another layout are refused
+LAYOUT = 6  # of everything below and in the C headers; peers of another layout are refused
 
 # The control segment: a header that peers check, the bell, the response slots.
 MAGIC = b"fastref\0"

@@ -24,6 +24,7 @@ from fastref.rendezvous import (
     Message,
     StreamConnection,
     WorkerRecord,
+    leaves_host,
     refuse,
 )
 from fastref.rendezvous.fields import read_integer, read_object, read_text
@@ -309,7 +310,7 @@ class Sessions:
         connection.tolerate(self._patience_s)
         taken = connection.take_socket()
         try:
-            channel.attach(taken.fileno(), received)
+            channel.attach(taken.fileno(), received, leaves_host(taken))
         except ProtocolError as error:
             taken.close()
             self._handle(rank, session.Spoilt(f"it claims what cannot be: {error}"))

@@ -1,8 +1,8 @@
 """The decoders of what comes over a network: who is there, what he wants, and frames.
 
 What they take is compared with what is known by other means, so that a fuzzer also finds what gets in and should not.
-Frames have no checksum: bytes that change within a record are what its own decoder has to deal with, in
-``decoders.py``. The rest, what belongs to which record and which records come, is looked at here.
+Almost every change of a frame is found by its checksums, so that half of the frames get right ones after they were
+changed: what is intact and makes no sense is looked for too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, cast
 from unittest import mock
 
 from fastref.channels.channel import BELL_BYTES, Inbox
+from fastref.channels.sending import checksum
 from fastref.channels.tcp import LARGEST_RECORD, TcpChannel, TcpLoop
 from fastref.errors import IdentityError, ProtocolError
 from fastref.identity.handshake import PREFIX, Handshake
@@ -27,7 +28,7 @@ from fastref.rendezvous import SESSION_RESUME, Door, Message, StreamConnection, 
 from fastref.runtime import sessions
 from fastref.runtime.sessions import Sessions
 from tests.fuzz.fuzzer import Target
-from tests.pieces import FRAME_MAGIC, HEAD
+from tests.pieces import FRAME_MAGIC, HEAD, SUMMED, frame, head
 
 __all__ = ["TARGETS"]
 
@@ -234,19 +235,13 @@ def _request(kind: str, **changes: Any) -> bytes:
 
 # ---- frames
 
-_MAGIC = FRAME_MAGIC << 56
 _SENT = 3  # records that this end has sent, and that can be confirmed
-# In front of the frames: how many records of 4 KiB come before; how many bytes come at a time, 0: all; behind how many
-# bytes the connection breaks, and is made again.
+# In front of the frames: how many records of 4 KiB come before, and whether checksums are made right; how many bytes
+# come at a time, 0: all; behind how many bytes the connection breaks, and is made again.
 _PLAN_BYTES = 4
 _LEAD, _MOST_LEAD = bytes(4096), 70  # more than is read at once
-
-
-def _frame(
-    number: int, record: bytes = b"", bulk: bytes = b"", received: int = 0, acquired: int = 0, signal: int = 0
-) -> bytes:
-    size = len(record) + len(bulk)
-    return HEAD.pack(_MAGIC | size, number, received, acquired, len(record), signal) + record + bulk
+_REPAIRED = 0x80
+_SUM_BYTES = 4
 
 
 def _cut_frames(data: bytes) -> list[bytes]:
@@ -258,6 +253,25 @@ def _cut_frames(data: bytes) -> list[bytes]:
     return [*pieces, data]
 
 
+def _repair(stream: bytes) -> bytes:
+    """Return the frames with the checksums that they should have."""
+    data, at = bytearray(stream), 0
+    while len(data) - at >= HEAD.size:
+        word, number, received, acquired, length, signal, _, _ = HEAD.unpack_from(data, at)
+        end = at + HEAD.size + (word & ((1 << 56) - 1))
+        record = bytes(data[at + HEAD.size : at + HEAD.size + length])
+        data[at : at + HEAD.size] = head(word, number, received, acquired, length, signal, record)
+        bulk_end = end - _SUM_BYTES
+        if signal & SUMMED and at + HEAD.size + length < bulk_end <= len(data) - _SUM_BYTES:
+            data[bulk_end:end] = _sum(bytes(data[at + HEAD.size + length : bulk_end]))
+        at = end
+    return bytes(data)
+
+
+def _sum(data: bytes) -> bytes:
+    return checksum(data).to_bytes(_SUM_BYTES, "little")
+
+
 class _Expected:
     """What a stream of frames says, read as simply as it can be."""
 
@@ -265,26 +279,35 @@ class _Expected:
         self.records: list[tuple[bytes, bytes | None]] = []
         self.confirmed = 0
 
-    def read(self, stream: bytes) -> bool:
-        """Go through what comes over one connection; False when there is something wrong with it."""
+    def read(self, stream: bytes) -> str:
+        """Go through what comes over one connection; returns "fine", "damaged" or "nonsense"."""
         at = 0
         while len(stream) - at >= HEAD.size:
-            word, number, received, acquired, length, signal = HEAD.unpack_from(stream, at)
-            size = word & ((1 << 56) - 1)
+            word, number, received, acquired, length, signal, record_sum, sum_ = HEAD.unpack_from(stream, at)
+            if checksum(stream[at : at + HEAD.size - _SUM_BYTES]) != sum_:
+                return "damaged"
+            size, behind = word & ((1 << 56) - 1), _SUM_BYTES if signal & SUMMED else 0
             at += HEAD.size
-            if word >> 56 != FRAME_MAGIC or length > min(size, LARGEST_RECORD) or signal > 1 or (size and not number):
-                return False
+            if word >> 56 != FRAME_MAGIC or length > min(size, LARGEST_RECORD) or signal > 3 or (size and not number):
+                return "nonsense"
+            if behind and size - length <= behind:
+                return "nonsense"
             if len(stream) - at < length:
-                return True
+                return "fine"
+            if checksum(stream[at : at + length]) != record_sum:
+                return "damaged"
             if number > len(self.records) + 1 or received > _SENT or acquired > received:
-                return False
+                return "nonsense"
             self.confirmed = max(self.confirmed, received)
             if len(stream) - at < size:
-                return True
+                return "fine"
+            bulk = stream[at + length : at + size - behind]
+            if behind and _sum(bulk) != stream[at + size - behind : at + size]:
+                return "damaged"
             if number > len(self.records):
-                self.records.append((stream[at : at + length], stream[at + length : at + size] or None))
+                self.records.append((stream[at : at + length], bulk or None))
             at += size
-        return True
+        return "fine"
 
 
 class _Receiver:
@@ -319,20 +342,27 @@ class _Receiver:
 
 def _read_frames(data: bytes) -> None:
     plan, stream = data[:_PLAN_BYTES].ljust(_PLAN_BYTES, b"\0"), data[_PLAN_BYTES:]
-    lead = b"".join(_frame(number + 1, _LEAD) for number in range(min(plan[0], _MOST_LEAD)))
+    lead = b"".join(frame(number + 1, _LEAD) for number in range(min(plan[0] & ~_REPAIRED, _MOST_LEAD)))
     breaks_after = int.from_bytes(plan[2:], "little")
+    parts = [stream[:breaks_after], stream[breaks_after:]]
+    if plan[0] & _REPAIRED:
+        parts = [_repair(part) for part in parts]
     at_once = max(plan[1], 8) if plan[1] else 1 << 16
     receiver, expected = _Receiver(), _Expected()
     try:
-        for part in (lead + stream[:breaks_after], stream[breaks_after:]):
+        for part in (lead + parts[0], parts[1]):
             receiver.hear(part, at_once if len(part) <= len(data) else 1 << 16, expected.confirmed)
-            fine = expected.read(part)
+            what = expected.read(part)
             assert receiver.channel.is_broken, "the end of the connection went unnoticed"
             assert receiver.records == expected.records, "other records than were sent"
             spoilt = receiver.channel.spoilt
             # A claim of more memory than there is may be refused, or waited for in vain.
-            assert spoilt != fine or "memory" in receiver.reasons[-1], "nonsense was taken, or sense was not"
-            if spoilt:
+            known = "memory" in receiver.reasons[-1]
+            assert spoilt == (what == "nonsense") or known, "nonsense was taken, or sense was not"
+            assert ("damaged" in receiver.reasons[-1]) == (what == "damaged") or known, (
+                "damage went unseen, or was none"
+            )
+            if what != "fine" or spoilt:
                 raise ProtocolError(receiver.reasons[-1])
         if not receiver.records:
             raise ProtocolError("none is whole")
@@ -345,12 +375,12 @@ def _plan(lead: int, at_once: int, breaks_after: int) -> bytes:
 
 
 _CONVERSATION = [
-    _frame(1, b"record"),
-    _frame(2, b"with bytes", b"behind it" * 9, received=1, acquired=1),
-    _frame(0, received=2, acquired=1),
-    _frame(3, b"x" * 300, received=3, acquired=2),
-    _frame(4, b"the last", b"bulk", received=3, acquired=3),
-    _frame(0, received=3, acquired=3, signal=1),
+    frame(1, b"record"),
+    frame(2, b"with bytes", b"behind it" * 9, received=1, acquired=1),
+    frame(0, received=2, acquired=1),
+    frame(3, b"x" * 300, b"summed" * 3, received=3, acquired=2, signal=SUMMED),
+    frame(4, b"the last", b"bulk", received=3, acquired=3),
+    frame(0, received=3, acquired=3, signal=1),
 ]
 _STREAM = b"".join(_CONVERSATION)
 _AGAIN = b"".join(itertools.chain(_CONVERSATION[:2], [_CONVERSATION[1]], _CONVERSATION[2:]))
@@ -385,8 +415,10 @@ TARGETS = {
             _plan(0, 0, 0xFFFF) + _STREAM,
             _plan(0, 0, 0xFFFF) + _AGAIN,
             _plan(0, 9, 0xFFFF) + _STREAM,
+            _plan(_REPAIRED, 0, 0xFFFF) + _STREAM,
+            _plan(_REPAIRED, 0, 70) + _STREAM[:70] + _STREAM,
             _plan(0, 0, 70) + _STREAM[:70] + _STREAM,
-            _plan(63, 0, 0xFFFF) + _frame(64, b"record", b"bulk" * 99) + _frame(65, b"the last"),
+            _plan(63, 0, 0xFFFF) + frame(64, b"record", b"bulk" * 99) + frame(65, b"the last"),
         ],
         _cut_frames,
     ),
