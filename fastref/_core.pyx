@@ -564,6 +564,11 @@ cdef class ReferenceTable:
         self.usable = max(self.usable, wanted)
         pthread_mutex_unlock(&self.lock)
 
+    @property
+    def capacity(self) -> int:
+        """Entries that there is room for."""
+        return self.at.capacity
+
     cdef void _push_free(self, uint32_t index) noexcept nogil:
         self.free_queue[(self.free_head + self.free_count) % self.at.capacity] = index
         self.free_count += 1

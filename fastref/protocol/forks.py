@@ -145,6 +145,10 @@ class OwnerForks:
         """Forks of all entries."""
         return sum(map(len, self._forks.values()))
 
+    def ranks(self) -> set[int]:
+        """Who has a fork of anything."""
+        return {holder for held in self._forks.values() for holder in held.values()}
+
     def holders(self) -> dict[int, int]:
         """How many forks each entry has: index -> forks."""
         return {entry[0]: len(held) for entry, held in self._forks.items() if held}

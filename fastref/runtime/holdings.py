@@ -20,7 +20,7 @@ class Holdings(RuleKeeper):
             if peer.rank != self.rank:
                 peer.detach()  # leases are holds like others; what the program still reads must not change
                 peer.holder.let_all_go()
-                self._delete_what_is_gone(peer)
+                self.delete_what_is_gone(peer)
 
     def wait_for_others_to_let_go(self, timeout_s: float) -> bool:
         """Wait until nobody else holds a value that lives here; False when somebody does after ``timeout_s``."""

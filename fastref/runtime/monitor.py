@@ -20,6 +20,8 @@ PERIOD_S = 0.1
 # A visitor that says nothing for this long is sent away: it holds two descriptors.
 _VISITOR_PATIENCE_S = 5.0
 _NEVER = float("inf")
+# What epoll takes is less than the time that some events are away.
+_LONGEST_SLEEP_S = 86400.0
 
 _logger = logging.getLogger("fastref")
 
@@ -279,7 +281,7 @@ class Monitor:
         times = [patience_ends for _, patience_ends in self._visitors.values()]
         if next_tick != _NEVER:
             times.append(next_tick)
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        return min(max(0.0, min(times) - time.monotonic()), _LONGEST_SLEEP_S) if times else None
 
     def _next_tick(self) -> float:
         # Counted from now: after a long callback there is one tick, not a burst.

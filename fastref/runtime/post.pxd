@@ -82,10 +82,12 @@ cdef class Post(Wiring):
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 Bulk* along, int64_t deadline_ns) except -1
     cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1
-    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1
+    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, int64_t deadline_ns, Encoder forks,
+                         list pinned) except -1
     cdef int _pin_forwarded(self, list forwarded, list pinned) except -1
     cdef tuple open_entry(self)
-    cdef int share(self, RRef rref) except -1
+    cdef tuple open_entry_for_value(self, int64_t deadline_ns)
+    cdef int share(self, RRef rref, int64_t deadline_ns) except -1
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1
     cdef int drain_while_waiting(self) except -1
     cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1

@@ -51,6 +51,7 @@ cdef enum:
     COPIED_WARM_FROM = 65536  # smaller ones the allocator keeps warm by itself
     MOST_PIECES = 64        # and those in more pieces
     HEAD_ROOM = 1024        # header and references that fit on the stack
+    RECALL_NS = 1000000000  # for others to send the deletes that they have not sent yet
     FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # ids and call numbers have 48 bits
@@ -235,7 +236,7 @@ cdef class Post(Wiring):
             head.references = head.forks_size = 0
             if body is not None and body.references:
                 forks, pinned = self.encoder(), []
-                self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, forks, pinned)
+                self._pack_forks(peer, body.references, head.kind == PYTHON_REMOTE_CALL, deadline_ns, forks, pinned)
                 FR_FAILPOINT("fork.reserved")
                 head.references, head.forks_size = len(body.references), forks.size
             if body is not None and body.forwarded:
@@ -492,7 +493,8 @@ cdef class Post(Wiring):
         """Whether a peer has been told of all files of this worker's arena."""
         raise NotImplementedError
 
-    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, Encoder forks, list pinned) except -1:
+    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, int64_t deadline_ns, Encoder forks,
+                         list pinned) except -1:
         """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo.
 
         ``first_is_new``: the first is what a remote() makes; it goes under the ids that it was given.
@@ -509,7 +511,7 @@ cdef class Post(Wiring):
             if rref.wiring is not self:
                 raise UsageError(f"{rref!r} belongs to another runtime, or to one that was shut down")
             if rref.holder is None:
-                self.share(rref)
+                self.share(rref, deadline_ns)
             elif rref.holder.epitaph is not None:
                 raise OwnerDied(*rref.holder.epitaph)
             if rref.holder.take(rref.fork.index, rref.fork.generation) == FR_LOST:
@@ -610,9 +612,12 @@ cdef class Post(Wiring):
     def wake_leader(self) -> None:
         raise NotImplementedError
 
-    cdef int share(self, RRef rref) except -1:
+    cdef int share(self, RRef rref, int64_t deadline_ns) except -1:
         """Open an entry for a local value that is handed on for the first time."""
-        entry = self.open_entry()
+        entry = self.open_entry_for_value(deadline_ns)
+        if rref.holder is not None:  # another thread has handed it on while we waited
+            self.table.holder.drop(entry[0])
+            return 0
         rref.fork.index, rref.fork.generation = entry
         rref.fork.has_entry = 1
         self.own(rref.fork.index, rref.owned)
@@ -633,11 +638,54 @@ cdef class Post(Wiring):
             entry = self.table.open()
             if entry is not None:
                 return entry
+            self.release_pins()
             self.sweep()
             entry = self.table.open()
             if entry is not None:
                 return entry
             self.more_entries()
+
+    cdef tuple open_entry_for_value(self, int64_t deadline_ns):
+        """As ``open_entry``. When there is none left, those who hold by messages are asked for what they have let go of.
+
+        They say so in their own time otherwise, and an entry that only looks as if it were held is no reason to refuse.
+        """
+        cdef int64_t give_up_ns = fr_now_ns() + RECALL_NS
+        cdef int64_t nap_ns = 20000
+        cdef timespec pause
+        cdef bint over
+        try:
+            return self.open_entry()
+        except ResourceError as error:
+            asked = self.recall()
+            if asked is None:
+                raise
+            shortage = error
+        if deadline_ns:
+            give_up_ns = min(give_up_ns, deadline_ns)
+        while True:
+            over = fr_now_ns() > give_up_ns or self.recall_is_over(asked)  # before the table is looked at
+            self.sweep()
+            entry = self.table.open()
+            if entry is not None:
+                return entry
+            if over:
+                raise shortage
+            PyErr_CheckSignals()
+            self.check()
+            self.drain_while_waiting()
+            pause.tv_sec, pause.tv_nsec = 0, nap_ns
+            with nogil:
+                nanosleep(&pause, NULL)
+            nap_ns = min(nap_ns * 2, 1000000)
+
+    def recall(self):
+        """Ask all who hold by messages for the deletes that they have not sent yet; None when nobody does."""
+        raise NotImplementedError
+
+    def recall_is_over(self, recall) -> bool:
+        """Tell whether all who were asked have answered."""
+        raise NotImplementedError
 
     def more_entries(self) -> None:
         """Make room for more entries in the table, or raise ``ResourceError``."""

@@ -146,7 +146,7 @@ cdef class Publisher(Post):
                 self.withdraw(owned)
             return 0
         if rref.holder is None:
-            self.share(rref)
+            self.share(rref, self.deadline(-1.0))
         body = self.encoder()
         try:
             flags = self.encode_any(body, value, False, "value")

@@ -21,7 +21,7 @@ cdef class ReferenceCaller(Caller):
     cdef object _invoke(self, RRef rref, str method, tuple args, dict kwargs, double timeout_s, int how)
     cdef object _fetch(self, RRef rref, double timeout_s)
     cdef object call_remote(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)
-    cdef RRef own_pending(self, fr_fork* fork)
+    cdef RRef own_pending(self, fr_fork* fork, int64_t deadline_ns)
     cdef bint _ends_with_creation(self, RRef rref, int64_t deadline_ns) except -1
     cdef tuple credit(self, Peer peer, int64_t deadline_ns, double timeout_s)
     cdef object _ask(self, RRef rref, str question, double timeout_s)

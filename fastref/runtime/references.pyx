@@ -140,7 +140,7 @@ cdef class ReferenceCaller(Caller):
         fork.rref_local, fork.fork_local = rref_id & NUMBER_MASK, fork_id & NUMBER_MASK
         fork.has_entry = 1
         if peer.rank == self.rank:
-            rref = self.own_pending(&fork)
+            rref = self.own_pending(&fork, deadline_ns)
         else:
             try:
                 fork.index, fork.generation = self.credit(peer, deadline_ns, timeout_s)
@@ -168,11 +168,11 @@ cdef class ReferenceCaller(Caller):
         self.encoder_done(body)
         return rref
 
-    cdef RRef own_pending(self, fr_fork* fork):
+    cdef RRef own_pending(self, fr_fork* fork, int64_t deadline_ns):
         """A reference to a value of our own that is not there yet."""
         cdef OwnedValue owned = OwnedValue.__new__(OwnedValue)
         owned.name = <uint64_t>fork.rref_created_on << 48 | fork.rref_local
-        fork.index, fork.generation = self.open_entry()
+        fork.index, fork.generation = self.open_entry_for_value(deadline_ns)
         self.own(fork.index, owned)
         return make_rref(self, self.table.holder, fork, owned, None)
 

@@ -25,6 +25,7 @@ logger = logging.getLogger("fastref")
 
 FIRST_WINDOW = 32  # entries opened ahead for a peer; doubles each time the peer runs out
 AGREE_S = 1.0  # for a death to be seen by all who can see it
+DELETES_IN_FRAME = 64
 LARGEST_WINDOW = 1024  # more than requests that fit in a ring, so credits are never what limits a burst
 
 
@@ -43,6 +44,10 @@ class RuleKeeper(Server):
         self._removal = removal.Removal(uid, {uid})
         self._owner_forks = forks.OwnerForks()
         self._user_forks = forks.UserForks()
+        self._deleting = threading.RLock()
+        self._recalls = 0  # times that others were asked for deletes
+        self._recalled: dict[int, int] = {}  # rank -> the last of them that it has answered
+        self._short_of: set[Peer] = set()  # who waits for entries that others may have let go of
         self._suspects: dict[tuple[int, int], tuple[float, str]] = {}  # who, to whom: dead here when, why
         self._rounds = Rounds(self.rank, {self.rank})
         self._round_heard = threading.Condition()
@@ -60,6 +65,8 @@ class RuleKeeper(Server):
             Kind.IDLE_REPORT: self._idle_reported,
             Kind.GREETING: self._greeting,
             Kind.SETTLED: self._settled,
+            Kind.DELETES_ASK: self._deletes_asked,
+            Kind.DELETES_DONE: self._deletes_done,
         }
 
     def meet(self, peer: Peer, introduce: bool = True) -> None:
@@ -77,7 +84,7 @@ class RuleKeeper(Server):
     def handle_control(self, peer: Peer, kind: int, call: int, payload: bytes, references: list | None) -> None:
         """Act on one bookkeeping frame."""
         if kind == GRANT_MORE:
-            self._grant(peer)
+            self._grant(peer, peer.credit_window)  # when there are none the peer asks, once it has used what it has
             return
         value = decode(payload) if payload else None
         try:
@@ -127,24 +134,33 @@ class RuleKeeper(Server):
         peer.add_credits(credits)
 
     def _credits_wanted(self, peer: Peer, call: int, value: Any) -> None:
-        peer.credit_window = min(peer.credit_window * 2, LARGEST_WINDOW)
-        self._grant(peer)
+        refused = self._grant(peer, peer.credit_window * 2)
+        if refused is None:
+            return
+        logger.warning("no entries for the remote() calls of %s: %s", peer.name, refused)
+        self.tell(peer, Kind.GRANT, refused)  # it asks again, unless others let go of something first
+        self._short_of.add(peer)
+        self.recall()
 
-    def _grant(self, peer: Peer) -> None:
+    def _grant(self, peer: Peer, window: int) -> str | None:
+        """Open entries ahead for a peer, up to ``window`` in all. When there are none: return why."""
         has_bit = self.holds_by_bit(peer)
         granted: list[tuple[int, int, int]] = []
-        refused = None
+        self.sweep()
         with peer.lock:  # a worker is marked dead under it too: no entry is opened for one whose removal has begun
             if peer.is_dead:
-                return
-            wanted = peer.credit_window - peer.credits_open
+                return None
+            window = min(window, LARGEST_WINDOW)
+            # Half of the table stays for values: what is open ahead is of use to one peer only.
+            room = max(self.table.capacity // 2 - len(self.credit_of), 0 if peer.credits_open else 1)
+            wanted = min(window - peer.credits_open, room)
             opened = self.table.open_credits(peer.rank if has_bit else None, wanted)
             if not opened and wanted > 0:
                 try:
                     self.more_entries()
-                    opened = self.table.open_credits(peer.rank if has_bit else None, wanted)
                 except ResourceError as error:
-                    refused = str(error)
+                    return str(error)
+                opened = self.table.open_credits(peer.rank if has_bit else None, wanted)
             for index, generation in opened:
                 self.credit_of[index] = peer.rank
                 fork = 0
@@ -154,12 +170,10 @@ class RuleKeeper(Server):
                         self._owner_forks.made((index, generation), fork, peer.rank)
                 granted.append((index, generation, fork))
             peer.credits_open += len(opened)
-        if refused is not None:
-            logger.warning("no entries for the remote() calls of %s: %s", peer.name, refused)
-            self.tell(peer, Kind.GRANT, refused)
-            return
+            peer.credit_window = window
         for start in range(0, max(len(granted), 1), 64):
             self.tell(peer, Kind.GRANT, granted[start : start + 64])
+        return None
 
     def tell_settled(self, peer: Peer, index: int, failed: bool) -> None:
         self.tell(peer, Kind.SETTLED, [index, self.table.holder.generation(index), failed])
@@ -237,9 +251,9 @@ class RuleKeeper(Server):
             _core.failpoint("fork.parent_unpinned")
 
     def _user_deleted(self, peer: Peer, call: int, value: Any) -> None:
-        index, generation, gone = value
         with self._rules:
-            self._mark_and_clear(self._owner_forks.deleted((index, generation), tuple(gone), peer.rank))
+            for index, generation, gone in value:
+                self._mark_and_clear(self._owner_forks.deleted((index, generation), tuple(gone), peer.rank))
         _core.failpoint("delete.applied")
 
     def _mark_and_clear(self, commands: list) -> None:
@@ -257,24 +271,60 @@ class RuleKeeper(Server):
         elif isinstance(command, forks.ChildAccept):
             self.tell(self.peers[command.parent], Kind.RREF_CHILD_ACCEPT, None, call=command.fork)
         elif isinstance(command, forks.Delete):
-            self.tell(self.peers[command.owner], Kind.RREF_USER_DELETE, [*command.entry, list(command.forks)])
+            self.tell(self.peers[command.owner], Kind.RREF_USER_DELETE, ((*command.entry, command.forks),))
         elif isinstance(command, forks.Lose):
             logger.warning("a reference to %s ended before it could be taken", self.peers[command.owner].name)
 
-    def _delete_what_is_gone(self, peer: Peer) -> None:
-        """Tell an owner in whose table we have no bit what this process does not hold any more."""
-        while True:
-            try:  # the monitor and a thread that shuts down may both be here
+    # ---- deletes
+
+    def delete_what_is_gone(self, peer: Peer) -> None:
+        """Tell an owner in whose table we have no bit what this process does not hold any more.
+
+        The deletes go together: behind answers to that owner, and behind its answers; at every tick; and when it asks.
+        One thread at a time: who returns knows that all are sent that were due before.
+        """
+        with self._deleting:
+            gone: list[tuple[int, int, tuple[int, ...]]] = []
+            while peer.holder.gone:
                 index, generation = peer.holder.gone.popleft()
-            except IndexError:
-                return
-            with self._rules:  # a fork is registered under it after it was counted: none is deleted that has just come
-                if peer.holder.count(index):
-                    continue  # it came back meanwhile
-                commands = self._user_forks.let_go(peer.rank, (index, generation))
-            _core.failpoint("delete.queued")
-            for command in commands:
-                self._perform_user(command)
+                with self._rules:  # a fork is registered under it after it was counted: none goes that has just come
+                    if not peer.holder.count(index):  # else it came back meanwhile
+                        for delete in self._user_forks.let_go(peer.rank, (index, generation)):
+                            gone.append((*delete.entry, delete.forks))
+                _core.failpoint("delete.queued")
+            for start in range(0, len(gone), DELETES_IN_FRAME):
+                self.tell(peer, Kind.RREF_USER_DELETE, tuple(gone[start : start + DELETES_IN_FRAME]))
+
+    def recall(self) -> tuple[int, set[int]] | None:
+        """Ask all who hold by messages for the deletes that they have not sent yet; None when nobody does.
+
+        Returns
+        -------
+        tuple
+            For ``recall_is_over``.
+        """
+        with self._rules:
+            holders = {rank for rank in self._owner_forks.ranks() if not self.peers[rank].is_dead}
+            self._recalls = number = self._recalls + 1
+        for rank in holders:
+            self.tell(self.peers[rank], Kind.DELETES_ASK, None, call=number)
+        return (number, holders) if holders else None
+
+    def recall_is_over(self, recall: tuple[int, set[int]]) -> bool:
+        """Tell whether all who live have answered, and their deletes been acted upon."""
+        number, holders = recall
+        return all(self.peers[rank].is_dead or self._recalled.get(rank, 0) >= number for rank in holders)
+
+    def _deletes_asked(self, peer: Peer, call: int, value: Any) -> None:
+        self.delete_what_is_gone(peer)
+        self.tell(peer, Kind.DELETES_DONE, None, call=call)
+
+    def _deletes_done(self, peer: Peer, call: int, value: Any) -> None:
+        self._recalled[peer.rank] = max(call, self._recalled.get(peer.rank, 0))
+        waiting, self._short_of = self._short_of, set()
+        for other in waiting:
+            if self._grant(other, other.credit_window) is not None:
+                self._short_of.add(other)
 
     # ---- deaths
 
@@ -414,7 +464,7 @@ class RuleKeeper(Server):
         self.flush_all()
         for peer in self.known_peers():
             peer.free(self.arena)
-            self._delete_what_is_gone(peer)
+            self.delete_what_is_gone(peer)
         if self._suspects:
             self._give_suspects_up(now_s)
         self.expire()

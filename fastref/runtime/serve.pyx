@@ -494,6 +494,8 @@ cdef class Server(Executor):
                 batch, self.completions = self.completions, []
                 for done in batch:
                     self.complete(<Job>done)
+                    if _owes_deletes((<Job>done).peer):
+                        self.delete_what_is_gone((<Job>done).peer)
                 batch = None
             while leading and self.errands:
                 errand = self.errands.popleft()
@@ -534,6 +536,8 @@ cdef class Server(Executor):
                 logger.debug("nobody is left to answer: %s", error)
             self.encoder_done(body)
             FR_FAILPOINT("call.sent")
+            if _owes_deletes(job.peer):
+                self.delete_what_is_gone(job.peer)
         return leading
 
     def sweep(self) -> None:
@@ -569,6 +573,14 @@ cdef class Server(Executor):
 
     def inbox_drained(self, rank: int) -> None:
         raise NotImplementedError
+
+    def delete_what_is_gone(self, peer) -> None:
+        raise NotImplementedError
+
+
+cdef inline bint _owes_deletes(Peer peer) except -1:
+    """Whether this process has let go of what it held of a peer by messages, and has not said so."""
+    return not peer.holder.h.bit and len(peer.holder.gone) > 0
 
 
 cdef int _references_needed(const fr_frame* head) noexcept:

@@ -24,6 +24,8 @@ cdef enum:
     LEAVING = 16
     FAREWELL = 17
     SETTLED = 18
+    DELETES_ASK = 19
+    DELETES_DONE = 20
 
     FLAG_PICKLED = 1     # the payload is a pickle with its buffers, not the fast encoding
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block

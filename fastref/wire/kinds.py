@@ -26,3 +26,5 @@ class Kind(IntEnum):
     LEAVING = 16  # this worker leaves a group that goes on: call it no more
     FAREWELL = 17  # the answer: none of my calls follows
     SETTLED = 18  # a value that a worker of another host made by remote() is there, or never will be
+    DELETES_ASK = 19  # the owner is short of entries: send every delete that waits, then say so
+    DELETES_DONE = 20
