@@ -207,15 +207,11 @@ class _Mesh:
 
     def run(self, deadline: float) -> dict[int, Link | TcpLink]:
         """Wait until every link is there."""
+        if self._door is not None:
+            self._greet_visitors(self._door)  # who proved himself before shows at no descriptor
         while self._loss is not None or len(self._links) < len(self._members) - 1:
-            now = time.monotonic()
-            if self._loss is not None and now >= self._loss_deadline:
-                raise self._loss
-            left_s = min(deadline, self._loss_deadline) - now
-            if left_s <= 0:
-                missing = ", ".join(str(m) for m in self._others() if m.rank not in self._links)
-                raise RendezvousError(f"worker {self._record} got no link in time to: {missing}")
-            for key, _ in self._selector.select(min(left_s, self._patience_s())):
+            left_s = min(deadline, self._loss_deadline) - time.monotonic()
+            for key, _ in self._selector.select(max(0.0, min(left_s, self._patience_s()))):
                 # An earlier event of this batch may have closed it, and its number may be that of another by now.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
@@ -223,7 +219,14 @@ class _Mesh:
                 self._go_round(self._door)
             if self._failure is not None:
                 raise RendezvousError(self._failure)
+            # Not before a last look: this process may have been held up until now, and what it waits for have come.
+            if left_s <= 0 and (self._loss is not None or len(self._links) < len(self._members) - 1):
+                raise self._loss or self._not_in_time()
         return self._links
+
+    def _not_in_time(self) -> RendezvousError:
+        missing = ", ".join(str(member) for member in self._others() if member.rank not in self._links)
+        return RendezvousError(f"worker {self._record} got no link in time to: {missing}")
 
     def close_links(self) -> None:
         """Give up: the peers see the end of their links."""
