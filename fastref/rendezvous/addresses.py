@@ -9,6 +9,7 @@ import ipaddress
 import os
 import socket
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ __all__ = ["ADDRESS_VARIABLE", "INTERFACE_VARIABLE", "LOOPBACK", "Address", "cho
 
 ADDRESS_VARIABLE, INTERFACE_VARIABLE = "FASTREF_ADDRESS", "FASTREF_INTERFACE"
 TORCHS_VARIABLE = "TP_SOCKET_IFNAME"  # by which torch's own agent goes
-_SIOCGIFADDR = 0x8915  # <linux/sockios.h>
+_SIOCGIFADDR, _SIOCGIFFLAGS = 0x8915, 0x8913  # <linux/sockios.h>
+_IFF_UP = 1  # <net/if.h>
 _IFREQ = struct.Struct("16s24x")
 # Connecting a socket for datagrams sends nothing; it only asks the system which way it would send them.
 _ANY_PORT = 9
@@ -73,7 +75,8 @@ def choose_address(
     """Return the address of this host to listen at.
 
     The first of these: ``option``; ``FASTREF_ADDRESS``; the address of the interface that ``FASTREF_INTERFACE`` or
-    ``TP_SOCKET_IFNAME`` names; the one from which the store is reached; the one of the default route; loopback.
+    ``TP_SOCKET_IFNAME`` names; the one from which the store is reached; the one of the default route; the first that is
+    not loopback; loopback.
 
     Parameters
     ----------
@@ -107,6 +110,11 @@ def choose_address(
     for target in _FAR_AWAY:
         if source := _source_towards(target):
             return Address(source, "it is that of the default route")
+    for interface in filter(_is_up, _interfaces()):
+        with contextlib.suppress(UsageError):
+            address = _of_interface(interface, "an interface")
+            if not address.is_loopback:
+                return Address(address.text, f"it is that of {interface}, and there is no default route")
     return Address(LOOPBACK.text, "this host has no other")
 
 
@@ -146,6 +154,13 @@ def _means_loopback(host: str) -> bool:
 
 def _interfaces() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
+
+
+def _is_up(name: str) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        answer = fcntl.ioctl(probe, _SIOCGIFFLAGS, _IFREQ.pack(os.fsencode(name)))
+        return bool(int.from_bytes(answer[16:18], sys.byteorder) & _IFF_UP)
+    return False
 
 
 def _of_interface(name: str, where: str) -> Address:

@@ -59,6 +59,8 @@ class WorkerRecord:
         After how long without a sign of life it takes a worker of another host for dead.
     strict : bool
         It takes registered callables and plain data only.
+    network : str
+        Where texts differ, the loopback of one is not that of the other.
     """
 
     name: str
@@ -78,6 +80,7 @@ class WorkerRecord:
     node: int = 0
     silence_ms: int = 15_000
     strict: bool = False
+    network: str = ""
 
     def __str__(self) -> str:
         return f"{self.name!r} (rank {self.rank}, pid {self.pid})"
@@ -137,6 +140,7 @@ class WorkerRecord:
             node=read_integer(fields, "node"),
             silence_ms=read_integer(fields, "silence_ms", least=1, most=10**12),
             strict=read_flag(fields, "strict"),
+            network=read_text(fields, "network", least=0, most=100),
         )
 
     @classmethod

@@ -77,7 +77,7 @@ def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] 
     Raises
     ------
     RendezvousError
-        The two are on different hosts, and shared memory is forced, or one listens where no other machine reaches it.
+        The two are on different hosts, and shared memory is forced, or one listens where the other does not reach it.
     UsageError
         As ``forced_transport``.
     """
@@ -93,7 +93,7 @@ def way_to(mine: WorkerRecord, theirs: WorkerRecord, environ: Mapping[str, str] 
 
 
 def check_reach(mine: WorkerRecord, theirs: WorkerRecord) -> None:
-    """Check that none of two workers listens on loopback if they are on different machines.
+    """Check that none of two workers listens on loopback if the other has another one.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def check_reach(mine: WorkerRecord, theirs: WorkerRecord) -> None:
         One does.
     """
     for one, other in ((mine, theirs), (theirs, mine)):
-        if _machine(one) != _machine(other) and one.endpoint and is_loopback(one.endpoint):
+        if one.network != other.network and one.endpoint and is_loopback(one.endpoint):
             raise RendezvousError(sentences.hidden(one, other))
 
 
@@ -110,19 +110,14 @@ def _place(record: WorkerRecord) -> str:
     return record.host.removesuffix(f":{record.instance}")
 
 
-def _machine(record: WorkerRecord) -> str:
-    """Return what tells machines apart, of whose hosts (containers, say) some may share a network."""
-    _, _, rest = record.host.partition(":")
-    return rest.partition(":")[0]
-
-
 def place_of(instance: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return a text that is equal for two workers only when memory is to be shared between them.
 
-    Everybody in a job can tell so of any two others. ``FASTREF_TRANSPORT=tcp`` makes a worker an island.
+    Everybody in a job can tell so of any two others. ``FASTREF_TRANSPORT=tcp`` makes a worker an island. Who has a
+    variable that makes no sense is somewhere, too: it says from there why it does not start.
     """
     place = f"{host_identity()}:{os.geteuid()}"
-    return f"{place}:{instance}" if forced_transport(environ) == "tcp" else place
+    return f"{place}:{instance}" if environ.get(TRANSPORT_VARIABLE) == "tcp" else place
 
 
 def way_taken(mine: WorkerRecord, theirs: WorkerRecord, kind: str) -> Way:

@@ -65,7 +65,7 @@ from fastref.runtime.groups import GroupKeeper
 from fastref.runtime.memory import LAYOUT, SLOTS, OwnMemory, PeerMemory
 from fastref.runtime.monitor import PERIOD_S, Monitor
 from fastref.runtime.peer import Peer
-from fastref.segments import InstanceLock, job_directory, run_root, sweep
+from fastref.segments import InstanceLock, job_directory, network_identity, run_root, sweep
 from fastref.segments.shared import SharedBlock
 from fastref.wire.kinds import Kind
 
@@ -239,6 +239,7 @@ class Runtime(GroupKeeper):
             world_size=1, version=__version__, layout=LAYOUT, bits=self.options.table_bits,
             host=place_of(self._lock.instance), entries=self.options.table_capacity,
             silence_ms=math.ceil(self.silence_s * 1e3), strict=self.options.strict,
+            network=network_identity(),
         )  # fmt: skip
 
     def _tell_others(

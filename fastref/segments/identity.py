@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["INSTANCE_PATTERN", "InstanceIdentity", "host_identity", "process_lives"]
+__all__ = ["INSTANCE_PATTERN", "InstanceIdentity", "host_identity", "network_identity", "process_lives"]
 
 INSTANCE_PATTERN = r"[0-9a-f]{16}"
 _NAME = re.compile(
@@ -90,6 +90,11 @@ def process_lives(pid: int) -> bool:
 def host_identity() -> str:
     """Return a text that is equal for two processes only when they can share pids and memory."""
     return f"{socket.gethostname()}:{_boot()}:{_pid_namespace()}"
+
+
+def network_identity() -> str:
+    """Return a text that is equal for two processes only when they have one loopback: containers may share it, or not."""
+    return f"{_boot()}:{os.stat('/proc/self/ns/net').st_ino}"
 
 
 def _boot() -> str:
