@@ -44,6 +44,7 @@ def tell_coordinator(
     store: Store | None = None,
     count: int = 0,
     door: Door | None = None,
+    has_looked: bool = True,
 ) -> None:
     """Say that a worker cannot even ask for its seat: the coordinator tells everybody, and the job ends.
 
@@ -59,6 +60,8 @@ def tell_coordinator(
     init_method, rank, world_size, store, count, door
         As passed to ``join``, right or wrong. With a door the coordinator may be on another host: then it is told by
         way of the store.
+    has_looked : bool
+        It knows whether it needs a door. One that does not may have others on other hosts, too.
     cause : str
         Why it cannot start.
 
@@ -84,12 +87,14 @@ def tell_coordinator(
     if claimed_rank == 0:
         meeting, _store = open_meeting(listener.directory, init_method, 0, record.world_size, _LOOK_S, store, count)
         sentence = sentences.could_not_start(job, record, record, cause)
+        if not has_looked:  # nobody of another host can ask
+            meeting.complain(record, sentence, 0)
         Coordinator(record, job, listener, meeting, _LOOK_S, time.monotonic() + _LOOK_S, door).turn_away(sentence)
         return
     deadline = time.monotonic() + _LOOK_S
     rank = -1 if claimed_rank is None else claimed_rank
     elsewhere: Meeting | None = None
-    if door is not None and scheme_of(init_method) != LOCAL:
+    if (door is not None or not has_looked) and scheme_of(init_method) != LOCAL:
         size = record.world_size
         elsewhere, _store = open_meeting(listener.directory, init_method, max(rank, 1), size, _LOOK_S, store, count)
     while not tell_neighbours(record.name, rank, listener, job, cause):

@@ -121,6 +121,7 @@ class Runtime(GroupKeeper):
         self._far_links: dict[int, TcpLink] = {}
         self.silence_s = min(options.peer_timeout, LONGEST_SILENCE_S)
         self._door: Door | None = None
+        self._has_looked = False  # whether it needs one
         self._abroad: Abroad | None = None
         self._closing = threading.Lock()
         self._ended = threading.Lock()
@@ -167,6 +168,7 @@ class Runtime(GroupKeeper):
             address=options.address,
             tls=options.tls,
         )
+        self._has_looked = True
         failpoint("rendezvous.listening")
         check_worker_name(name)
         check_numbers(rank, world_size)
@@ -254,7 +256,10 @@ class Runtime(GroupKeeper):
             elif self._listener is not None and not isinstance(error, RendezvousError):
                 if not isinstance(error.__cause__, RendezvousError):
                     record, method = self._describe(name), self.options.init_method
-                    tell_coordinator(record, self._listener, method, rank, world_size, cause, store, count, self._door)
+                    tell_coordinator(
+                        record, self._listener, method, rank, world_size, cause, store, count, self._door,
+                        self._has_looked,
+                    )  # fmt: skip
         except (OSError, RuntimeError, ValueError) as trouble:
             error.add_note(f"The other workers could not be told: {trouble}")
 

@@ -93,7 +93,7 @@ def host_identity() -> str:
 
 
 def network_identity() -> str:
-    """Return a text that is equal for two processes only when they have one loopback: containers may share it, or not."""
+    """Return a text that is equal for two processes only when they share a loopback; containers may, or may not."""
     return f"{_boot()}:{os.stat('/proc/self/ns/net').st_ino}"
 
 
