@@ -56,15 +56,15 @@ class Pair:
         self.ends = End(), End()
         self.channels = self.ends[0].channel(**options), self.ends[1].channel(**options)
 
-    def attach(self, one: socket.socket, other: socket.socket) -> None:
+    def attach(self, one: socket.socket, other: socket.socket, sums: bool = False) -> None:
         """Go on over two connected sockets."""
         received = [channel.received for channel in self.channels]
         for channel, sock, there in zip(self.channels, (one, other), reversed(received), strict=True):
             sock.setblocking(False)
-            channel.attach(sock.detach(), there)
+            channel.attach(sock.detach(), there, sums)
 
-    def connect(self) -> None:
-        self.attach(*socket.socketpair())
+    def connect(self, sums: bool = False) -> None:
+        self.attach(*socket.socketpair(), sums)
 
     def connect_by_way(self) -> tuple[socket.socket, socket.socket]:
         """Connect, but not with each other; returns the other ends of both sockets."""
@@ -120,6 +120,11 @@ class Raw:
     def __init__(self, silence_s: float = 15.0, **options: int) -> None:
         self.end = End(silence_s)
         self.channel = self.end.channel(**options)
+        self.socket = socket.socket()
+        self.connect()
+
+    def connect(self) -> None:
+        self.socket.close()
         here, self.socket = socket.socketpair()
         here.setblocking(False)
         self.channel.attach(here.detach())
@@ -128,8 +133,11 @@ class Raw:
         with contextlib.suppress(BrokenPipeError):
             self.socket.sendall(b"".join(pieces.head(*head, data[: head[4]]) for head in heads) + data)
 
-    def step_until_broken(self) -> str:
-        step_until(self.end.step, lambda: self.end.breaks)
+    def step_until_got(self, count: int) -> None:
+        step_until(self.end.step, lambda: len(self.end.got) == count)
+
+    def step_until_broken(self, times: int = 1) -> str:
+        step_until(self.end.step, lambda: len(self.end.breaks) == times)
         assert self.channel.is_broken
         return self.end.breaks[0][1]
 
@@ -336,6 +344,78 @@ def test_the_end_is_seen_though_it_comes_together_with_the_last_record() -> None
         assert raw.step_until_broken() == "the connection was closed"
         raw.end.step()
         assert raw.end.got == [(b"last", None)] and not raw.channel.spoilt
+
+
+# ---- damage
+
+
+WHOLE = [
+    pieces.frame(1, b"record"),
+    pieces.frame(2, b"with bytes", b"behind it" * 3, signal=pieces.SUMMED),
+    pieces.frame(0),
+    pieces.frame(3, b"the last"),
+]
+SAID: list[Record] = [(b"record", None), (b"with bytes", b"behind it" * 3), (b"the last", None)]
+
+
+def test_any_bit_that_flips_is_seen_and_what_follows_comes_again() -> None:
+    stream = b"".join(WHOLE)
+    for bit in range(8 * len(stream)):
+        data = bytearray(stream)
+        data[bit // 8] ^= 1 << bit % 8
+        with raw_end() as raw:
+            raw.socket.sendall(data)
+            assert "was damaged on its way" in raw.step_until_broken()
+            assert raw.end.got == SAID[: len(raw.end.got)] and len(raw.end.got) < 3 and not raw.channel.spoilt
+            raw.connect()
+            raw.socket.sendall(stream)
+            raw.step_until_got(3)
+            assert raw.end.got == SAID and raw.channel.damaged == 1
+
+
+def test_two_flips_up_to_a_short_burst_are_seen_too() -> None:
+    stream = b"".join(WHOLE[:2])
+    for start in range(0, 8 * len(stream) - 32, 7):
+        for length in (2, 11, 32):
+            flipped = int.from_bytes(stream, "little") ^ (1 | 1 << length - 1) << start
+            with raw_end() as raw:
+                raw.socket.sendall(flipped.to_bytes(len(stream), "little"))
+                assert "was damaged on its way" in raw.step_until_broken()
+                assert raw.end.got == SAID[: len(raw.end.got)] and len(raw.end.got) < 2
+
+
+def test_what_comes_damaged_again_and_again_is_given_up() -> None:
+    with raw_end() as raw:
+        for times in range(8):
+            assert not raw.channel.spoilt
+            raw.socket.sendall(WHOLE[0] + WHOLE[1][:-1] + b"?")
+            raw.step_until_broken(times + 1)
+            assert raw.end.got == SAID[:1]
+            if times < 7:
+                raw.connect()
+        assert raw.channel.spoilt and raw.end.breaks[-1][1] == "what it sends comes damaged, again and again"
+
+
+def test_what_comes_whole_in_between_is_no_reason_to_give_up() -> None:
+    with raw_end() as raw:
+        for number in range(1, 21):
+            raw.socket.sendall(pieces.frame(number, b"%d" % number) + pieces.frame(number + 1, b"damaged")[:-1] + b"?")
+            raw.step_until_broken(number)
+            raw.connect()
+        assert raw.end.got == [(b"%d" % number, None) for number in range(1, 21)] and not raw.channel.spoilt
+
+
+@pytest.mark.parametrize("size", [1, 262_143, 262_144, 262_145, 524_288, 3_000_000])
+def test_bytes_behind_a_record_arrive_with_a_checksum_in_whatever_portions(size: int) -> None:
+    with made() as pair:
+        pair.connect(sums=True)
+        bulk = os.urandom(1024) * (size // 1024) + b"x" * (size % 1024)
+        for which in (0, 1):
+            pair.say(which, (b"record", bulk))
+            pair.say(which, (b"small", None))
+        pair.step_until(pair.is_quiet)
+        assert all(end.got == [(b"record", bulk), (b"small", None)] and not end.breaks for end in pair.ends)
+        assert all(channel.bytes_sent >= size + 4 + 2 * HEAD.size + 11 for channel in pair.channels)
 
 
 # ---- nonsense
