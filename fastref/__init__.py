@@ -5,12 +5,13 @@
 
 import logging
 
-from fastref import debug
+from fastref import autograd, debug
 from fastref._version import __version__
 from fastref.api import Session, get_worker_info, init_rpc, is_available, remote, rpc_async, rpc_sync, shutdown
 from fastref.codec.registry import register
 from fastref.codec.sharing import share, shared_empty
 from fastref.errors import (
+    BackwardError,
     CallTimeout,
     FastrefError,
     ForkedProcessError,
@@ -34,6 +35,7 @@ from fastref.rref import RRef
 from fastref.spawn import spawn
 
 __all__ = [
+    "BackwardError",
     "CallTimeout",
     "FastrefError",
     "ForkedProcessError",
@@ -57,6 +59,7 @@ __all__ = [
     "WorkerDied",
     "WorkerInfo",
     "__version__",
+    "autograd",
     "debug",
     "get_worker_info",
     "init_rpc",

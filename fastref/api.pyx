@@ -12,7 +12,7 @@ cimport cython
 from fastref.rref cimport HOW_ASYNC, HOW_REMOTE, HOW_SYNC
 from fastref.runtime.references cimport ReferenceCaller
 
-from fastref import profiling
+from fastref import autograd, profiling
 from fastref.errors import NotInitialized, UsageError
 from fastref.futures import Future
 from fastref.options import RpcBackendOptions, WorkerInfo
@@ -120,6 +120,7 @@ def join(name: str, rank: int, world_size: int | None, options: RpcBackendOption
 
 def _begin(runtime: Runtime) -> None:
     profiling.attach(runtime)
+    autograd.attach(runtime)
     set_current_wiring(runtime)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "CallTimeout",
     "IdentityError",
     "RemoteError",
+    "BackwardError",
     "ProtocolError",
     "ResourceError",
     "RendezvousError",
@@ -119,6 +120,13 @@ class IdentityError(PeerError):
     def __init__(self, message: str, worker: str = "", their_version: str = "") -> None:
         super().__init__(message, worker)
         self.their_version = their_version
+
+
+class BackwardError(FastrefError):
+    """A distributed backward pass has ended without gradients: a function in it raised, or its context was let go of.
+
+    ``__cause__`` is the original on the worker where it was raised.
+    """
 
 
 class ProtocolError(FastrefError):

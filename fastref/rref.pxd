@@ -25,6 +25,7 @@ cdef class OwnedValue:
     cdef bint exposed               # code of the program may have reached it: it is not published by itself any more
     cdef uint64_t turns             # publications that the program has begun, or ended
     cdef uint64_t shown_turn        # the one that holders see, or that had them ask again
+    cdef bint gradients             # what is published wants gradients: in an autograd context the owner is asked
     cdef bint frozen                # published by the program: holders see that version, whatever becomes of the value
 
     cdef void settle(self, uint32_t state)

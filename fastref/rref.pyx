@@ -287,9 +287,31 @@ cdef class RRef:
         return _proxy(self, timeout, HOW_REMOTE)
 
     def backward(self, dist_autograd_ctx_id: int = -1, retain_graph: bool = False) -> None:
-        """Raise ``UsageError``: distributed autograd is not there yet."""
-        raise UsageError("fastref does not have RRef.backward: distributed autograd comes with a later version; until then "
-                         "call a function on the owner that computes the gradients there")
+        """Run the backward pass from the value, a tensor of one element, where it lives.
+
+        Parameters
+        ----------
+        dist_autograd_ctx_id : int
+            The autograd context in which gradients accumulate; without one, on the owner only, they accumulate in the
+            ``.grad`` of its tensors.
+        retain_graph : bool
+            Keep what the pass needs, for another pass.
+
+        Raises
+        ------
+        UsageError
+            The value is no tensor; a user names no context.
+        RemoteError
+            What ``fastref.autograd.backward`` raised on the owner.
+
+        Source
+        ------
+        ``torch.distributed.rpc.RRef.backward``.
+        """
+        self._usable("backward()")
+        if self.wiring.autograd is None:
+            raise UsageError("this runtime keeps no autograd contexts")
+        self.wiring.autograd.backward_of(self, dist_autograd_ctx_id, retain_graph)
 
     def rref_id(self) -> GloballyUniqueId:
         """Name of the reference in the whole job."""

@@ -23,8 +23,8 @@ ROWS: list[set[str]] = [
     {"protocol", "channels", "carriers", "rendezvous"},
     {"codec"},
     {"runtime"},
-    {"profiling"},
-    {"api", "autograd", "faults", "spawn", "debug", "testing"},
+    {"profiling", "autograd"},
+    {"api", "faults", "spawn", "debug", "testing"},
     {"__init__"},  # re-exports what programs call
     {"rpc", "nn", "optim"},
     {"compat", "bench"},

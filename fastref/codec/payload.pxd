@@ -39,6 +39,8 @@ cdef class Encoder:
     cdef list forwarded             # (arena, place as bytes) of the blocks that it is handed
     cdef bint lent                  # a channel reads from where it and its segments lie
     cdef list kept                  # objects whose memory the segments point into
+    cdef list linked                # tensors met that want gradients, which a backward pass brings back; None: it does not
+    cdef bint gradients             # one such tensor at least was met
     cdef void *seen[32]             # mutable objects met: a second meeting needs pickle, which keeps identity
     cdef unsigned seen_count, containers
     cdef bint plain                 # what is met again is somebody else's business, and no reason to say no
@@ -69,9 +71,18 @@ cdef class Decoder:
     cdef dict taken                 # leases of such blocks that this payload has met
     cdef uint32_t site              # of their use
     cdef uint64_t claimed           # elements of all containers so far
+    cdef list linked                # tensors read whose gradients go back to the sender; None: no autograd context came along
 
     cdef const char* take(self, uint64_t size) except NULL
     cdef const char* aligned(self, uint64_t size) except NULL
     cdef PeerArena arena_of(self, const Place* place)
     cdef Lease lease_of(self, const Place* place)
     cdef uint32_t number(self) except? 0xFFFFFFFF
+
+
+cdef class Carried:
+    # A value that came along with an autograd context, before its tensors are part of the receiver's graph.
+    cdef readonly object value
+    cdef readonly uint64_t context  # its id
+    cdef readonly uint64_t link     # which of the sender's links the tensors belong to; 0: none
+    cdef readonly list tensors

@@ -38,7 +38,8 @@ cdef class Encoder:
         """Empty the buffer, keeping its memory unless it has grown large."""
         self.size = self.segment_bytes = self.largest_in_place = 0
         self.segment_count = self.seen_count = self.containers = self.span_count = 0
-        self.plain = False
+        self.plain = self.gradients = False
+        self.linked = None
         if self.references:
             self.references = []
         if self.blocks:
@@ -194,6 +195,10 @@ cdef class Encoder:
         self.seen[self.seen_count] = <void*>value
         self.seen_count += 1
         return True
+
+
+cdef class Carried:
+    """What is in a frame with an autograd context."""
 
 
 cdef class Decoder:

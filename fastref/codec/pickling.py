@@ -19,6 +19,7 @@ from fastref.codec import mainmodule
 from fastref.codec.script import reduce_script_function, reduce_script_module
 from fastref.codec.sharing import shared_block_of, storage_of
 from fastref.codec.tensors import StorageView
+from fastref.errors import ProtocolError
 from fastref.rref import RRef
 from fastref.segments.shared import SharedBlock
 
@@ -36,7 +37,11 @@ def register_reducer(kind: type, reducer: Callable[[Any], Any]) -> None:
 
 
 def dumps(
-    value: Any, references: list, shares_main: bool = False, blocks: list | None = None
+    value: Any,
+    references: list,
+    shares_main: bool = False,
+    blocks: list | None = None,
+    linked: list | None = None,
 ) -> tuple[bytes, list[memoryview]]:
     """Pickle a value.
 
@@ -50,6 +55,9 @@ def dumps(
     blocks : list, optional
         Blocks for sharing that tensors lie in are appended, and the receiver has to be handed them; without it such
         tensors are copied as others are.
+    linked : list, optional
+        Tensors that want gradients are appended, and ``loads`` says which they are; parameters of modules are not among
+        them: a copied module has parameters of its own.
 
     Returns
     -------
@@ -61,18 +69,18 @@ def dumps(
     ------
     Whatever ``pickle`` raises for a value that neither it nor cloudpickle can take.
     """
-    already = len(references), len(blocks or ())
+    already = [(found, len(found)) for found in (references, blocks, linked) if found is not None]
     try:
-        return _dump(_Pickler, value, references, shares_main, blocks)
+        return _dump(_Pickler, value, references, shares_main, blocks, linked)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        _forget(references, blocks, already)
+        _forget(already)
         try:
-            return _dump(_CloudPickler, value, references, shares_main, blocks)
+            return _dump(_CloudPickler, value, references, shares_main, blocks, linked)
         except Exception:
-            _forget(references, blocks, already)
+            _forget(already)
             raise error from None  # what plain pickle says is what users of torch know
     except BaseException:
-        _forget(references, blocks, already)
+        _forget(already)
         raise
 
 
@@ -81,28 +89,38 @@ def loads(
     buffers: list,
     references: list,
     claim: Callable[[int], SharedBlock] | None = None,
+    linked: list | None = None,
 ) -> Any:
     """Unpickle what ``dumps`` made; ``buffers`` are writable copies of its buffers, ``references`` the frame's.
 
-    ``claim`` returns the block for sharing that has a number.
+    ``claim`` returns the block for sharing that has a number. Tensors that ``dumps`` linked are appended to ``linked``,
+    in the same order, and want no gradient yet; without such a list they do.
     """
-    return _Unpickler(io.BytesIO(data), buffers, references, claim).load()
+    unpickler = _Unpickler(io.BytesIO(data), buffers, references, claim)
+    value = unpickler.load()
+    for number in range(len(unpickler.linked)):
+        if number not in unpickler.linked:
+            raise ProtocolError(f"a pickle with {len(unpickler.linked)} linked tensors, and none of them is number {number}")
+        if linked is None:
+            unpickler.linked[number].requires_grad_()
+        else:
+            linked.append(unpickler.linked[number])
+    return value
 
 
-def _forget(references: list, blocks: list | None, already: tuple[int, int]) -> None:
-    del references[already[0] :]
-    if blocks is not None:
-        del blocks[already[1] :]
+def _forget(already: list[tuple[list, int]]) -> None:
+    for found, count in already:
+        del found[count:]
 
 
 def _dump(
-    kind: type, value: Any, references: list, shares_main: bool, blocks: list | None
+    kind: type, value: Any, references: list, shares_main: bool, blocks: list | None, linked: list | None
 ) -> tuple[bytes, list[memoryview]]:
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)
     pickler.references, pickler.shares_main, pickler.storages = references, shares_main, {}
-    pickler.blocks = blocks
+    pickler.blocks, pickler.linked, pickler.owned = blocks, linked, set()
     pickler.dump(value)
     return file.getvalue(), [buffer.raw() for buffer in buffers]
 
@@ -114,6 +132,8 @@ class _Reducing:
     shares_main: bool
     storages: dict[int, _Storage | _SharedStorage]
     blocks: list | None
+    linked: list | None
+    owned: set[int]  # ids of parameters that belong to modules
 
     def reduced(self, value: Any) -> Any:
         kind = type(value)
@@ -123,10 +143,13 @@ class _Reducing:
         if kind in _reducers:
             return _reducers[kind](value)
         if kind is torch.Tensor:
-            return self._reduce_tensor(value)
+            return self._reduce_linked(value) if self._links(value) else self._reduce_tensor(value, value.requires_grad)
         if kind is torch.nn.Parameter:
-            state = torch._utils._get_obj_state(value)
-            return _rebuild_parameter, (value.detach(), value.requires_grad, state or None)
+            return (
+                self._reduce_linked(value) if self._links(value) else self._reduce_parameter(value, value.requires_grad)
+            )
+        if self.linked is not None and isinstance(value, torch.nn.Module):
+            self.owned.update(map(id, value.parameters(recurse=False)))
         if kind is torch.UntypedStorage and value.device.type == "cpu":
             return _untyped, (self._shared(value),)
         if kind is torch.TypedStorage and value._untyped_storage.device.type == "cpu":
@@ -165,11 +188,28 @@ class _Reducing:
     def _block_of(self, storage: torch.UntypedStorage) -> SharedBlock | None:
         return None if self.blocks is None else shared_block_of(storage)
 
-    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+    def _links(self, tensor: torch.Tensor) -> bool:
+        return self.linked is not None and tensor.requires_grad and id(tensor) not in self.owned
+
+    def _reduce_linked(self, tensor: torch.Tensor) -> Any:
+        """Have the receiver know a tensor by its number, whatever the order in which a pickle is read."""
+        reduce: Any = self._reduce_parameter if type(tensor) is torch.nn.Parameter else self._reduce_tensor
+        reduced = reduce(tensor, False)
+        if reduced is NotImplemented:
+            return reduced
+        assert self.linked is not None
+        self.linked.append(tensor)
+        return _linked, (*reduced, len(self.linked) - 1)
+
+    def _reduce_parameter(self, parameter: torch.nn.Parameter, requires_grad: bool) -> Any:
+        state = torch._utils._get_obj_state(parameter)
+        return _rebuild_parameter, (parameter.detach(), requires_grad, state or None)
+
+    def _reduce_tensor(self, tensor: torch.Tensor, requires_grad: bool) -> Any:
         if not tensor.is_cpu or tensor.is_quantized or tensor.is_nested:
             return NotImplemented  # torch's own way
         if tensor.layout is not torch.strided:
-            return _reduce_sparse(tensor)
+            return _reduce_sparse(tensor, requires_grad)
         lazy = tensor.is_conj(), tensor.is_neg()
         bare = tensor.detach()
         if lazy != (False, False):  # the elements as they lie there
@@ -186,7 +226,7 @@ class _Reducing:
             tuple(bare.shape),
             bare.stride(),
             lazy,
-            tensor.requires_grad,
+            requires_grad,
         )
 
 
@@ -211,6 +251,7 @@ class _Unpickler(pickle.Unpickler):
     ) -> None:
         super().__init__(file, buffers=buffers)
         self.references, self.claim = references, claim
+        self.linked: dict[int, torch.Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == __name__:
@@ -218,11 +259,18 @@ class _Unpickler(pickle.Unpickler):
                 return self.references.__getitem__
             if name == "_shared_storage" and self.claim is not None:
                 return self._shared_storage
+            if name == "_linked":
+                return self._linked
         return super().find_class(module, name)
 
     def _shared_storage(self, number: int) -> torch.UntypedStorage:
         assert self.claim is not None
         return storage_of(self.claim(number))
+
+
+    def _linked(self, rebuild: Callable[..., torch.Tensor], arguments: tuple, number: int) -> torch.Tensor:
+        tensor = self.linked[number] = rebuild(*arguments)
+        return tensor
 
 
 def _reference(number: int) -> RRef:
@@ -233,6 +281,11 @@ def _reference(number: int) -> RRef:
 def _shared_storage(number: int) -> torch.UntypedStorage:
     """Stand in the pickle for a block for sharing, as ``_reference`` for a reference."""
     raise pickle.UnpicklingError(f"shared memory {number:#x} outside a call")
+
+
+def _linked(rebuild: Callable[..., torch.Tensor], arguments: tuple, number: int) -> torch.Tensor:
+    """Stand in the pickle for a tensor whose gradient goes back, as ``_reference`` for a reference."""
+    raise pickle.UnpicklingError(f"linked tensor {number} outside a call")
 
 
 class _SharedStorage:
@@ -300,19 +353,19 @@ def _rebuild_parameter(data: torch.Tensor, requires_grad: bool, state: Any) -> t
     return torch._utils._set_obj_state(parameter, state) if state else parameter
 
 
-def _reduce_sparse(tensor: torch.Tensor) -> Any:
+def _reduce_sparse(tensor: torch.Tensor, requires_grad: bool) -> Any:
     """Take a sparse tensor apart. Torch's own way keeps all that it ever rebuilt, for ``torch.load`` to look at."""
     bare = tensor.detach()
     if tensor.layout is torch.sparse_coo:
         parts = bare._indices(), bare._values(), tuple(bare.shape), bare.is_coalesced()
-        return _rebuild_coo, (*parts, tensor.requires_grad)
+        return _rebuild_coo, (*parts, requires_grad)
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         places = bare.crow_indices(), bare.col_indices()
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         places = bare.ccol_indices(), bare.row_indices()
     else:
         return NotImplemented
-    return _rebuild_compressed, (*places, bare.values(), tuple(bare.shape), bare.layout, tensor.requires_grad)
+    return _rebuild_compressed, (*places, bare.values(), tuple(bare.shape), bare.layout, requires_grad)
 
 
 def _rebuild_coo(

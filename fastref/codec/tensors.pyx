@@ -94,7 +94,8 @@ cdef enum:
     WANTS_GRADIENT = 1      # flags of the header
     IS_PARAMETER = 2
     HAS_STRIDES = 4
-    ALL_FLAGS = 7
+    IS_LINKED = 8           # it wants a gradient, and that goes back to the sender's tensor
+    ALL_FLAGS = 15
 
 cdef uint64_t MOST_ELEMENTS = <uint64_t>1 << 48
 
@@ -155,7 +156,10 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
         return False
     if shared_memory and tensor.untyped_storage().data_ptr() in shared_memory:
         return False
-    header.flags = WANTS_GRADIENT if tensor.requires_grad else 0
+    header.flags = 0
+    if tensor.requires_grad:
+        encoder.gradients = True
+        header.flags = WANTS_GRADIENT if encoder.linked is None else IS_LINKED
     if <PyObject*>Py_TYPE(tensor) == parameter_type:
         if tensor.__dict__:
             return False
@@ -212,6 +216,8 @@ cdef int write_tensor(Encoder encoder, object tensor) except -1:
         fr_gather_copy(plan, 0, encoder.grow(header.size), data)
     elif header.size:
         encoder.raw(data, header.size)
+    if header.flags & IS_LINKED:
+        encoder.linked.append(tensor)
     return True
 
 
@@ -325,8 +331,12 @@ cdef object read_tensor(Decoder decoder, bint is_forwarded):
     whole.freed = NULL
     try:
         if header.flags & IS_PARAMETER:
-            return make_subclass(Parameter, tensor, bool(header.flags & WANTS_GRADIENT))
-        return tensor.requires_grad_() if header.flags & WANTS_GRADIENT else tensor
+            tensor = make_subclass(Parameter, tensor, bool(header.flags & WANTS_GRADIENT))
+        elif header.flags & (WANTS_GRADIENT | IS_LINKED):
+            tensor.requires_grad_()
+        if header.flags & IS_LINKED and decoder.linked is not None:
+            decoder.linked.append(tensor.requires_grad_(False))
+        return tensor
     except RuntimeError as error:  # whole numbers have no gradients
         raise ProtocolError(f"a tensor that cannot want a gradient does: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastref import rpc
+from fastref import autograd, rpc
 from fastref.compat import late
 from fastref.errors import UsageError
 from fastref.rpc import (
@@ -43,9 +43,9 @@ _MODULES: dict[str, ModuleType] = {
     f"{_RPC}.options": options,
     f"{_RPC}.rref_proxy": rref_proxy,
     f"{_RPC}.server_process_global_profiler": server_process_global_profiler,
+    "torch.distributed.autograd": autograd,
     # What is not there yet; a line moves up when it is.
     f"{_RPC}._utils": AbsentModule(f"{_RPC}._utils"),
-    "torch.distributed.autograd": AbsentModule("torch.distributed.autograd"),
     "torch.distributed.optim.optimizer": AbsentModule("torch.distributed.optim.optimizer"),
     "torch.distributed.nn.api.remote_module": AbsentModule("torch.distributed.nn.api.remote_module"),
 }

@@ -20,7 +20,7 @@ MESSAGES = (
     "RREF_FORK_REQUEST",
     "RREF_CHILD_ACCEPT",
     "RREF_USER_DELETE",
-    "CLEANUP_AUTOGRAD_CONTEXT_REQ",  # known by name, never sent
+    "CLEANUP_AUTOGRAD_CONTEXT_REQ",
 )
 
 # torch's, in RpcRetryOptions (torch/csrc/distributed/rpc/rpc_agent.h).

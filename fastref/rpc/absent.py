@@ -11,7 +11,6 @@ from fastref.errors import UsageError
 __all__ = ["ABSENT", "INSIDE", "Absent", "AbsentModule", "lookup"]
 
 INSIDE = "it is part of torch's own agent, which fastref does without"
-_AUTOGRAD = "distributed autograd comes with a later version; until then compute gradients where the tensors live"
 _SCRIPT = "references do not travel inside TorchScript; send what `to_here()` returns"
 _PROFILER = "`_server_process_global_profile` profiles what others call here"
 
@@ -44,23 +43,6 @@ ABSENT: dict[str, dict[str, str]] = {
         "_group_membership_management": INSIDE,
         "_update_group_membership": INSIDE,
     },
-    "torch.distributed.autograd": dict.fromkeys(
-        (
-            "DistAutogradContext",
-            "_current_context",
-            "_get_debug_info",
-            "_get_max_id",
-            "_init",
-            "_is_valid_context",
-            "_new_context",
-            "_release_context",
-            "_retrieve_context",
-            "backward",
-            "context",
-            "get_gradients",
-        ),
-        _AUTOGRAD,
-    ),
     "torch.distributed.optim.optimizer": {
         "DistributedOptimizer": "it comes with a later version; until then each worker steps an optimizer of its own"
     },

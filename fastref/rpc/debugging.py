@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastref import autograd
 from fastref.api import get_worker_info
 from fastref.rpc.agent import current_agent
 
 __all__ = ["_get_debug_info", "_rref_context_get_debug_info", "enable_gil_profiling"]
-
-# Of distributed autograd, which is not there yet: programs that read them find that nothing is under way.
-_AUTOGRAD = {"num_autograd_contexts": 0, "num_current_backward_passes": 0}
 
 
 def _rref_context_get_debug_info() -> dict[str, str]:
@@ -29,7 +27,7 @@ def _rref_context_get_debug_info() -> dict[str, str]:
 def _get_debug_info() -> dict[str, Any]:
     """Return all counters: of references, of the agent, of distributed autograd; the last are numbers, as in torch."""
     get_worker_info()  # which says it as torch does when there is no job
-    return {**_rref_context_get_debug_info(), **current_agent().get_debug_info(), **_AUTOGRAD}
+    return {**_rref_context_get_debug_info(), **current_agent().get_debug_info(), **autograd._get_debug_info()}
 
 
 def enable_gil_profiling(flag: bool) -> None:

@@ -28,6 +28,7 @@ cdef class Pending:
     cdef bint told                      # somebody settles it, under the GIL
     cdef uint32_t settled               # futex word: 1 once the outcome is there
     cdef uint32_t sleepers
+    cdef uint64_t context               # the autograd context that it was made in; 0: none
     cdef uint32_t site                  # which function's answer it is, for whoever leases it
 
     cdef int settle(self, object value, object error) except -1
@@ -42,6 +43,8 @@ cdef class Caller(Publisher):
 
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
                      dict kwargs) except -1
+    cdef int _write_call(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
+                         dict kwargs) except -1
     cdef object _give_number(self, Peer peer, object func, object introduction, dict names, tuple parts)
     cdef uint32_t number_of(self, Peer peer, object func) except? 0xFFFFFFFF
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)

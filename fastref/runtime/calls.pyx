@@ -12,11 +12,12 @@ from fastref._core cimport (fr_add32, fr_cpu, fr_fence, fr_futex_wait, fr_futex_
 from fastref.carriers.borrow cimport Lease
 from fastref.channels.slots cimport (FR_SLOT_ROOM, WAIT_DONE, WAIT_INTERRUPTED, WAIT_PEER_DIED, WAIT_STOPPED,
                                      WAIT_TIMED_OUT, fr_slot, fr_waiting)
-from fastref.codec.payload cimport Encoder
+from fastref.codec.payload cimport Carried, Encoder
 from fastref.rref cimport RRef
 from fastref.runtime.peer cimport Peer
 from fastref.runtime.publish cimport Publisher
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, FLAG_PUBLISHED, INTERN, NO_SLOT,
+from fastref.runtime.post cimport this_thread
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_CONTEXT, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PICKLED, FLAG_PUBLISHED, INTERN, NO_SLOT,
                                  PYTHON_CALL, fr_block, fr_frame)
 
 import operator
@@ -134,12 +135,23 @@ cdef class Caller(Publisher):
     cdef int prepare(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
                      dict kwargs) except -1:
         """Write the callable and the arguments of a call into ``body``."""
-        cdef bint shares_main = peer.shares_main
+        cdef uint64_t context = this_thread().context
         memset(head, 0, sizeof(fr_frame))
         head.slot = NO_SLOT
         head.call = self.new_call()
         if not peer.is_far:
             body.arenas, body.receiver = self.arenas, peer.rank
+        if context:
+            context = self.begin_links(body, context, peer, True)
+        self._write_call(peer, head, body, func, target, method, args, kwargs)
+        if context:
+            self.end_links(body, context, peer)
+            head.flags |= FLAG_CONTEXT
+        return 0
+
+    cdef int _write_call(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
+                         dict kwargs) except -1:
+        cdef bint shares_main = peer.shares_main
         if target is not None:
             body.references.append(target)
             head.callable = <uint32_t>hash(method) ^ target.fork.index
@@ -207,6 +219,14 @@ cdef class Caller(Publisher):
         self.encoder_done(body)
         peer.numbers[func] = (number, names, parts)
         return number
+
+    def wait_aside(self, lock, timeout_s: float) -> bool:
+        """Acquire a lock that another thread releases; a serving thread that waits so counts as idle. -1: for ever."""
+        self.blocked(True)
+        try:
+            return lock.acquire(timeout=timeout_s)
+        finally:
+            self.blocked(False)
 
     # ---- synchronous
 
@@ -341,7 +361,8 @@ cdef class Caller(Publisher):
             raise self.decode_failure(payload[:size])
         if flags & FLAG_PUBLISHED:
             return PUBLISHED
-        return self.decode_any(payload, size, flags, references, lease)
+        value = self.decode_any(payload, size, flags, references, lease)
+        return self.unload(<Carried>value, peer) if flags & FLAG_CONTEXT else value
 
     cdef object exchange_pending(self, Peer peer, fr_frame* head, Encoder body, double timeout_s, object what):
         """As ``exchange``, with the answer as a message: all slots are taken."""
@@ -366,6 +387,7 @@ cdef class Caller(Publisher):
         pending.caller, pending.peer, pending.call, pending.deadline_ns = self, peer, head.call, head.deadline_ns
         pending.timeout_s, pending.future, pending.what, pending.site = timeout_s, future, what, ~head.callable
         pending.inherits = self.inherits(timeout_s, head.deadline_ns)
+        pending.context = this_thread().context
         self.pending[head.call] = pending
         if pending.deadline_ns and pending.deadline_ns < self.next_expiry_ns:
             self.next_expiry_ns = pending.deadline_ns

@@ -21,6 +21,7 @@ cdef class Job:
     cdef uint64_t size
     cdef object failure         # or why it cannot be run
     cdef bint parked            # it waits for a value, or for the future that its function returned
+    cdef uint64_t context       # the autograd context that it is run in; 0: none
     cdef bint alone             # nobody can reach what it answers: it need not be copied to be sent
     cdef bint answers_later     # its function returns a future of the answer
 
@@ -42,6 +43,7 @@ cdef class Executor(ReferenceCaller):
     cdef int unpark(self, list jobs) except -1
     cdef void answered_to(self, uint32_t cpu) noexcept
     cdef object call_target(self, Job job)
+    cdef int _enter_context(self, Job job) except -1
     cpdef object call_function(self, object func, object args, object kwargs)
     cdef bint _parks(self, OwnedValue owned, Job job) except -1
     cdef int _tell_maker(self, OwnedValue owned, uint32_t index, bint failed) except -1

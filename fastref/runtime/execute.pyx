@@ -16,14 +16,14 @@ from libc.string cimport memcpy, memset
 
 from fastref._core cimport FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_acquire, fr_load32_relaxed, fr_now_ns, fr_store32_relaxed
 from fastref.channels.slots cimport FR_SLOT_ROOM, fr_slot, fr_slot_finish
-from fastref.codec.payload cimport Encoder
+from fastref.codec.payload cimport Carried, Encoder
 from fastref.codec.publishable cimport NOT_PUBLISHABLE, value_publishability
 from fastref.codec.stream cimport encode_value
 from fastref.rref cimport VALUE_FAILED, VALUE_PENDING, VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.calls cimport PUBLISHED, Pending
-from fastref.runtime.post cimport LENT_FROM
+from fastref.runtime.post cimport LENT_FROM, this_thread
 from fastref.runtime.references cimport ASK_TYPE, ASK_WHETHER_THERE, ReferenceCaller
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PUBLISHED, NO_SLOT, PYTHON_REMOTE_CALL,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_CONTEXT, FLAG_ERROR, FLAG_LOCAL, FLAG_METHOD, FLAG_PUBLISHED, NO_SLOT, PYTHON_REMOTE_CALL,
                                  PYTHON_RET, RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.codec.lookup import find_callable
@@ -90,6 +90,8 @@ cdef class Executor(ReferenceCaller):
                 job.body = self.decode_any(payload, size, job.head.flags, job.references, job.lease)
                 job.decoded()
             job.parked = False
+            if job.head.flags & FLAG_CONTEXT and type(job.body) is Carried:
+                self._enter_context(job)
             if job.head.kind == RREF_FETCH_CALL:
                 rref = job.references[0]
                 owned = rref.owned
@@ -102,6 +104,9 @@ cdef class Executor(ReferenceCaller):
                     body = self.encoder()
                     body.raw(<const char*>(<bytes>owned.error), len(owned.error))
                     return body
+                if job.context and owned.gradients and owned.frozen:
+                    job.body = owned.value
+                    return self.conclude(job, flags)
                 if self.has_bit(self.rank, job.peer.rank) and self.offer(owned, rref.fork.index):
                     flags[0] = FLAG_PUBLISHED
                     return self.encoder()
@@ -117,7 +122,11 @@ cdef class Executor(ReferenceCaller):
                         raise ProtocolError(f"{self.info} does not own what {job.peer.info} calls")
                     if self._parks(rref.owned, job):
                         return None
-                job.body = self.call_target(job)
+                this_thread().context = job.context
+                try:
+                    job.body = self.call_target(job)
+                finally:
+                    this_thread().context = 0
             if job.answers_later:
                 self._answer_when_done(job)
                 return None
@@ -132,6 +141,7 @@ cdef class Executor(ReferenceCaller):
         """
         cdef RRef rref
         cdef Encoder body
+        cdef uint64_t context
         if job.head.kind == PYTHON_REMOTE_CALL:
             rref = job.references[0]
             if rref.owned.settled != VALUE_PENDING:
@@ -144,8 +154,20 @@ cdef class Executor(ReferenceCaller):
             body.arenas, body.receiver = self.arenas, job.peer.rank
         elif _may_be_large(job.body):
             job.alone = value_publishability(<PyObject*>job.body) != NOT_PUBLISHABLE
+        context = self.begin_links(body, job.context, job.peer, False) if job.context else 0
         flags[0] = self.encode_any(body, job.body, job.peer.shares_main, "result")
+        if context:
+            self.end_links(body, context, job.peer)
+            flags[0] |= FLAG_CONTEXT
         return body
+
+    cdef int _enter_context(self, Job job) except -1:
+        """A job came with an autograd context: it runs in it, unless that has been let go of meanwhile."""
+        cdef Carried carried = <Carried>job.body
+        job.body = self.unload(carried, job.peer)
+        if self.autograd is not None and self.autograd.enter(carried.context):
+            job.context = carried.context
+        return 0
 
     cdef Encoder conclude_failed(self, Job job, object error, int* flags):
         """As ``conclude``, of a function that raised, or whose result cannot travel."""
@@ -430,10 +452,12 @@ cdef class Executor(ReferenceCaller):
             error.__cause__ = trouble
         pending = self.pending.pop(job.head.call, None)
         if pending is not None:
+            this_thread().context = pending.context  # callbacks go on with what the call was part of
             try:
                 pending.settle(value, error)
             except BaseException:
                 logger.exception("a callback of a future raised")
+            this_thread().context = 0
         elif job.head.slot != NO_SLOT and job.head.slot < self.slots.count:
             self.arrived[job.head.call] = (value, error)
             self.slots.finish_here(job.head.slot, job.head.call, FLAG_LOCAL)

@@ -7,7 +7,7 @@ from fastref.carriers.arena cimport Arena
 from fastref.carriers.borrow cimport Lease
 from fastref.channels.channel cimport Bulk, Inbox
 from fastref.channels.slots cimport ResponseSlots
-from fastref.codec.payload cimport Encoder
+from fastref.codec.payload cimport Carried, Decoder, Encoder
 from fastref.rref cimport OwnedValue, RRef, Wiring
 from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport FrameView, fr_block, fr_frame
@@ -27,6 +27,7 @@ cdef extern from *:
         int leading;            /* it holds the drain token */
         int draining;           /* it is looking at a record of the inbox */
         int64_t deadline_ns;    /* of the call it serves; nested calls inherit it. 0: none */
+        uint64_t context;       /* the autograd context that its calls belong to. 0: none */
     };
     #endif
     """
@@ -36,6 +37,7 @@ cdef extern from *:
         int leading
         int draining
         int64_t deadline_ns
+        uint64_t context
 
 cdef fr_thread* this_thread() noexcept nogil
 
@@ -59,6 +61,7 @@ cdef class Post(Wiring):
     cdef list _encoders
     cdef public double default_timeout_s
     cdef readonly bint strict           # nothing is pickled or unpickled, and only what is registered can be called
+    cdef public object autograd         # keeps the autograd contexts and links tensors that travel in them; None: nobody does
     cdef public object encode_failure   # how exceptions travel
     cdef public object decode_failure
     cdef public int64_t slice_ns        # longest sleep on a futex; -1 only in tests
@@ -92,6 +95,11 @@ cdef class Post(Wiring):
     cdef int drain_while_waiting(self) except -1
     cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
+    cdef uint64_t begin_links(self, Encoder body, uint64_t context, Peer peer, bint is_call) except? 0xFFFFFFFFFFFFFFFF
+    cdef int end_links(self, Encoder body, uint64_t context, Peer peer) except -1
+    cdef object unload(self, Carried carried, Peer peer)
+    cdef object _read(self, Decoder decoder, uint64_t size, int flags)
+    cdef object _read_payload(self, Decoder decoder, uint64_t size, int flags)
     cdef object decode_forwarded(self, const char* payload, uint64_t size, int flags, list references, Lease lease,
                                 uint32_t site)
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease)

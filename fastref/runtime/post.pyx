@@ -11,12 +11,12 @@ from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease, PeerArena, Pla
 from fastref.carriers.warm cimport give_memory, take_memory
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE, Bulk, iovec
 from fastref.channels.tcp cimport TcpLoop
-from fastref.codec.payload cimport Decoder, Encoder
+from fastref.codec.payload cimport Carried, Decoder, Encoder
 from fastref.codec.plain cimport decode_plain, encode_plain
 from fastref.codec.stream cimport decode_value, encode_value
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_CONTEXT, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
                                  RREF_FETCH_CALL, fr_block, fr_frame)
 
 from fastref.carriers.warm import WarmBuffer
@@ -26,7 +26,9 @@ from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError,
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
 from fastref.segments.shared import shared_blocks
 
-__all__ = ["Post", "use_warm_memory"]
+import torch
+
+__all__ = ["Post", "set_thread_context", "thread_context", "use_warm_memory"]
 
 fr_failpoints_here = failpoints()
 
@@ -55,10 +57,23 @@ cdef enum:
     FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
 
 cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # ids and call numbers have 48 bits
+cdef object grad_is_enabled = torch.is_grad_enabled
 
 
 cdef fr_thread* this_thread() noexcept nogil:
     return &fr_this_thread
+
+
+def thread_context() -> int:
+    """Return the id of the autograd context that calls of this thread belong to; 0 outside of all."""
+    return fr_this_thread.context
+
+
+def set_thread_context(context: int) -> int:
+    """Have calls of this thread belong to a context from here on, to none by 0; return what they belonged to."""
+    before = fr_this_thread.context
+    fr_this_thread.context = context
+    return before
 
 
 cdef class Bulky:
@@ -711,6 +726,8 @@ cdef class Post(Wiring):
         body.size = size
         del body.references[references:]
         del body.forwarded[forwarded:]
+        if body.linked is not None:
+            del body.linked[:]
         if self.strict:
             encode_plain(body, value, what)
             return FLAG_PLAIN
@@ -721,7 +738,7 @@ cdef class Post(Wiring):
         """Append a pickle: number of buffers, size of the pickle, sizes of the buffers, the pickle, the buffers."""
         cdef uint64_t number
         cdef const unsigned char[::1] bytes_of
-        data, buffers = dumps(value, body.references, shares_main, body.blocks)
+        data, buffers = dumps(value, body.references, shares_main, body.blocks, body.linked)
         number = len(buffers)
         body.raw(&number, 8)
         number = len(data)
@@ -736,6 +753,35 @@ cdef class Post(Wiring):
                 body.segment(<const char*>&bytes_of[0], buffer.nbytes, NULL, True, buffer)
         return 0
 
+    # ---- autograd contexts
+
+    cdef uint64_t begin_links(self, Encoder body, uint64_t context, Peer peer, bint is_call) except? 0xFFFFFFFFFFFFFFFF:
+        """Have an empty ``body`` begin with the context that it goes along with; 0 when that has been let go of."""
+        cdef uint64_t[2] prefix
+        if self.autograd is None or not self.autograd.goes_to(context, peer.rank if is_call else None):
+            return 0
+        prefix[0], prefix[1] = context, 0
+        body.raw(prefix, sizeof(prefix))
+        if grad_is_enabled():
+            body.linked = []
+        return context
+
+    cdef int end_links(self, Encoder body, uint64_t context, Peer peer) except -1:
+        """All is in ``body``: make its tensors that want gradients one link, and say which."""
+        cdef uint64_t link
+        if body.linked:
+            link = self.autograd.send(context, peer.rank, body.linked)
+            memcpy(body.data + 8, &link, 8)
+        return 0
+
+    cdef object unload(self, Carried carried, Peer peer):
+        """The value that came with a context; its tensors are part of this worker's graph from here on."""
+        if carried.tensors:
+            if self.autograd is None or not carried.link:
+                raise ProtocolError(f"worker {peer.info.name!r} sent linked tensors without a link")
+            self.autograd.receive(carried.context, peer.rank, carried.link, carried.tensors)
+        return carried.value
+
     cdef object decode_forwarded(self, const char* payload, uint64_t size, int flags, list references, Lease lease,
                                 uint32_t site):
         """As ``decode_any``, of a payload of which parts lie in memory of others. The sender still holds them."""
@@ -743,16 +789,31 @@ cdef class Post(Wiring):
         decoder.start = decoder.at = payload
         decoder.end = payload + size
         decoder.references, decoder.lease, decoder.arenas, decoder.site = references, lease, self.arenas, site
-        return decode_plain(decoder) if flags & FLAG_PLAIN else decode_value(decoder, 0)
+        return self._read(decoder, size, flags)
 
     cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease):
         """Read what ``encode_any`` wrote; ``lease``: of the block that it lies in, if it has one."""
         cdef Decoder decoder = Decoder.__new__(Decoder)
-        cdef uint64_t count, length
-        cdef const char* at
         decoder.start = decoder.at = payload
         decoder.end = payload + size
         decoder.references, decoder.lease = references, lease
+        return self._read(decoder, size, flags)
+
+    cdef object _read(self, Decoder decoder, uint64_t size, int flags):
+        cdef Carried carried
+        if not flags & FLAG_CONTEXT:
+            return self._read_payload(decoder, size, flags)
+        carried = Carried.__new__(Carried)
+        memcpy(&carried.context, decoder.take(8), 8)
+        memcpy(&carried.link, decoder.take(8), 8)
+        carried.tensors = decoder.linked = []
+        carried.value = self._read_payload(decoder, size, flags)
+        return carried
+
+    cdef object _read_payload(self, Decoder decoder, uint64_t size, int flags):
+        cdef uint64_t count, length
+        cdef const char* at
+        cdef Lease lease = decoder.lease
         if not flags & (FLAG_PICKLED | FLAG_PLAIN):
             return decode_value(decoder, 0)
         if not flags & FLAG_PICKLED:
@@ -776,7 +837,7 @@ cdef class Post(Wiring):
                 buffers.append(whole[at - lease.start:at - lease.start + length])
             else:
                 buffers.append(_copied(at, length))
-        return loads(data, buffers, references, self.claim_block)
+        return loads(data, buffers, decoder.references, self.claim_block, decoder.linked)
 
     cdef bint inherits(self, double timeout_s, int64_t deadline_ns) noexcept:
         """Whether a call of this thread has to be over when the one around it has, and not by a timeout of its own."""

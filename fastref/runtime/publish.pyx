@@ -19,6 +19,7 @@ from fastref.codec.payload cimport Encoder
 from fastref.codec.publishable cimport IMMUTABLE, UNREACHABLE, value_publishability
 from fastref.codec.stream cimport encode_value
 from fastref.rref cimport OwnedValue, RRef
+from fastref.wire.frame cimport FLAG_GRADIENTS
 
 from fastref.errors import ResourceError, UsageError
 
@@ -152,6 +153,8 @@ cdef class Publisher(Post):
             flags = self.encode_any(body, value, False, "value")
             if body.references or body.blocks:
                 raise UsageError(f"{rref!r} cannot be published: there are references in its value, or shared memory")
+            if body.gradients:
+                flags |= FLAG_GRADIENTS
             self._show(owned, rref.fork.index, body, flags, turn)
         finally:
             self.encoder_done(body)
@@ -165,7 +168,7 @@ cdef class Publisher(Post):
         if not owned.frozen or not fr_descriptor_read(&self.table.at.descriptors[owned.index], &seen):
             self.encoder_done(body)
             return None
-        flags[0] = seen.flags
+        flags[0] = seen.flags & ~FLAG_GRADIENTS
         body.raw(<const char*>seen.words if seen.form == FR_FORM_INLINE else self.arena.base + seen.block.offset, seen.size)
         return body
 
@@ -203,6 +206,7 @@ cdef class Publisher(Post):
             return False
         before, owned.block = owned.block, offset
         owned.published, owned.frozen, owned.index = True, frozen, index
+        owned.gradients = (flags & FLAG_GRADIENTS) != 0
         owned.shown_turn = max(owned.shown_turn, turn)
         self.table.publish(index, &now)
         self.values_published += 1

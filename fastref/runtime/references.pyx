@@ -14,7 +14,8 @@ from fastref.rref cimport (HOW_ASYNC, HOW_REMOTE, HOW_SYNC, VALUE_FAILED, VALUE_
                            make_rref)
 from fastref.runtime.calls cimport PUBLISHED, Caller
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport CREDIT_REQUEST, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
+from fastref.runtime.post cimport this_thread
+from fastref.wire.frame cimport CREDIT_REQUEST, FLAG_CONTEXT, FLAG_GRADIENTS, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_frame
 
 import torch
 
@@ -290,6 +291,7 @@ cdef class ReferenceCaller(Caller):
         cdef fr_frame head
         cdef Encoder body
         cdef bint ends_with_creation
+        cdef uint64_t context
         cdef int64_t deadline_ns = -1
         cdef double left_s = timeout_s, wait_s
         if rref.creation is not None:
@@ -318,6 +320,10 @@ cdef class ReferenceCaller(Caller):
             head.callable = rref.fork.index
             body = self.encoder()
             body.references.append(rref)
+            context = this_thread().context
+            if context and self.begin_links(body, context, peer, True):
+                self.encode_any(body, None, False, "fetch")
+                head.flags = FLAG_CONTEXT
             ends_with_creation = self._ends_with_creation(rref, deadline_ns)
             wait_s = max((rref.value_deadline_ns - fr_now_ns()) / 1e9, 1e-9) if ends_with_creation else left_s
             value = PUBLISHED  # or not in time
@@ -372,7 +378,9 @@ cdef class ReferenceCaller(Caller):
                 return PUBLISHED
             _check_generation(rref, d, peer)
             FR_FAILPOINT("publish.seen")
-            if seen.form > FR_FORM_BLOCK or seen.flags & ~(FLAG_PICKLED | FLAG_PLAIN):
+            if seen.flags & FLAG_GRADIENTS and this_thread().context:
+                return PUBLISHED  # of a copy no gradient comes back
+            if seen.form > FR_FORM_BLOCK or seen.flags & ~(FLAG_PICKLED | FLAG_PLAIN | FLAG_GRADIENTS):
                 raise ProtocolError(f"worker {peer.info.name!r} published a value in form {seen.form} with flags {seen.flags:#x}")
             if seen.form == FR_FORM_INLINE:
                 if seen.size > FR_INLINE_VALUE:

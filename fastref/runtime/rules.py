@@ -67,6 +67,7 @@ class RuleKeeper(Server):
             Kind.SETTLED: self._settled,
             Kind.DELETES_ASK: self._deletes_asked,
             Kind.DELETES_DONE: self._deletes_done,
+            Kind.CLEANUP_AUTOGRAD_CONTEXT_REQ: self._context_released,
         }
 
     def meet(self, peer: Peer, introduce: bool = True) -> None:
@@ -116,6 +117,10 @@ class RuleKeeper(Server):
         with self._greeted:
             peer.greeted = True
             self._greeted.notify_all()
+
+    def _context_released(self, peer: Peer, call: int, value: Any) -> None:
+        if self.autograd is not None:
+            self.do_later(functools.partial(self.autograd.release, call))  # of graphs: their destructors may do anything
 
     # ---- entries and credits
 
@@ -340,6 +345,8 @@ class RuleKeeper(Server):
         self.drop_outgoing(peer)
         peer.free(self.arena)
         self.do_later(lambda: self.fail_pending(rank))
+        if self.autograd is not None:
+            self.do_later(functools.partial(self.autograd.worker_died, rank, peer.died_error()))
         self.do_later(functools.partial(self._keep_leases, peer))
         with self._rules:
             commands = self._removal.handle(removal.Died(peer.uid))

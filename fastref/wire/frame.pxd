@@ -26,6 +26,7 @@ cdef enum:
     SETTLED = 18
     DELETES_ASK = 19
     DELETES_DONE = 20
+    CLEANUP_AUTOGRAD_CONTEXT_REQ = 21
 
     FLAG_PICKLED = 1     # the payload is a pickle with its buffers, not the fast encoding
     FLAG_BLOCK = 2       # the payload lies in the sender's arena; the frame carries a Block
@@ -35,6 +36,8 @@ cdef enum:
     FLAG_FORKS_IN_BLOCK = 64  # the references lie in the block, before the payload
     FLAG_PUBLISHED = 128 # the answer to a fetch: the value can be read without its owner now; there is no payload
     FLAG_FORWARDED = 256 # tensors of the payload lie in memory of others; it is read before the cursor moves
+    FLAG_CONTEXT = 512   # an autograd context goes along: its id and the number of the tensors' link lie before the payload
+    FLAG_GRADIENTS = 1024  # of a published value: a tensor in it wants gradients, so who is in a context asks the owner
     FLAG_LOCAL = 32      # never on the wire: the answer lies in this process's own memory
 
     NO_SLOT = 0xFFFF

@@ -23,7 +23,7 @@ cdef int parse_frame(const char* data, uint64_t size, FrameView* view) noexcept 
     if size < sizeof(fr_frame):
         return False
     memcpy(&view.head, data, sizeof(fr_frame))
-    if view.head.kind < PYTHON_CALL or view.head.kind > DELETES_DONE:
+    if view.head.kind < PYTHON_CALL or view.head.kind > CLEANUP_AUTOGRAD_CONTEXT_REQ:
         return False
     if sizeof(fr_frame) + <uint64_t>view.head.forks_size + view.head.payload != size:
         return False

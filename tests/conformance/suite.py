@@ -15,6 +15,11 @@ compat.install()
 
 import torch.multiprocessing  # noqa: E402
 from torch.testing._internal.common_distributed import MultiProcessTestCase  # noqa: E402
+from torch.testing._internal.distributed.rpc.dist_autograd_test import (  # noqa: E402
+    DistAutogradTest,
+    FaultyAgentDistAutogradTest,
+    TensorPipeAgentDistAutogradTest,
+)
 from torch.testing._internal.distributed.rpc.examples.parameter_server_test import ParameterServerTest  # noqa: E402
 from torch.testing._internal.distributed.rpc.examples.reinforcement_learning_rpc_test import (  # noqa: E402
     ReinforcementLearningRpcTest,
@@ -74,6 +79,7 @@ def _made(source: type, fixture: type) -> type:
 # torch's own fixture for tests of the faulty agent says which messages fail and come late.
 SOURCES = {
     **dict.fromkeys((RpcTest, TensorPipeAgentRpcTest, ParameterServerTest, ReinforcementLearningRpcTest), _Fixture),
-    FaultyAgentRpcTest: FaultyRpcAgentTestFixture,
+    **dict.fromkeys((DistAutogradTest, TensorPipeAgentDistAutogradTest), _Fixture),
+    **dict.fromkeys((FaultyAgentRpcTest, FaultyAgentDistAutogradTest), FaultyRpcAgentTestFixture),
 }
 CLASSES: dict[str, type] = {source.__name__: _made(source, fixture) for source, fixture in SOURCES.items()}

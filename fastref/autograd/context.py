@@ -1,0 +1,109 @@
+"""An autograd context: what one worker keeps of a distributed graph, and the gradients of its leaf tensors."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastref.autograd.torch_names import hooks_of
+from fastref.codec.publishable import publishability
+
+if TYPE_CHECKING:
+    from fastref.autograd.share import Share
+
+__all__ = ["DistAutogradContext"]
+
+
+class DistAutogradContext:
+    """One context on one worker.
+
+    Parameters
+    ----------
+    context_id : int
+
+    Source
+    ------
+    ``torch.distributed.autograd.DistAutogradContext``.
+    """
+
+    def __init__(self, context_id: int) -> None:
+        self._id = context_id
+        self.is_released = False
+        # Each is changed by single operations, which the interpreter lock makes atomic.
+        self.sends: dict[int, Any] = {}
+        self.receives: dict[int, Any] = {}
+        self.workers: set[int] = set()
+        self.shares: dict[tuple[int, int], Share] = {}
+        self.ended: set[tuple[int, int]] = set()  # passes that were given up: what comes late of them is refused
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
+        self._adding = threading.RLock()  # two passes may add to one gradient, in place
+
+    def _context_id(self) -> int:
+        """Return the number that names this context in the whole job."""
+        return self._id
+
+    def _send_functions(self) -> dict[int, Any]:
+        """Return the send nodes, by number."""
+        return dict(self.sends)
+
+    def _recv_functions(self) -> dict[int, Any]:
+        """Return the receive nodes, by the numbers of the send nodes that they belong to."""
+        return dict(self.receives)
+
+    def _known_worker_ids(self) -> set[int]:
+        """Return the ranks of the workers that this one has sent the context to."""
+        return set(self.workers)
+
+    def accumulate(self, node: Any, found: list[torch.Tensor | None]) -> None:
+        """Add the gradient that has come to a leaf tensor's ``AccumulateGrad``; hooks of that node are run.
+
+        ``found``: a list of the one gradient, taken out of it, so that nobody else but autograd may hold it.
+        """
+        before, behind = hooks_of(node)
+        if before:
+            found[0] = _before(before, found[0])
+        gradient = found[0]
+        if gradient is not None:
+            del gradient
+            self._add(node.variable, found)
+        for hook in list(behind.values()):
+            hook((), (found[0],))
+
+    def _add(self, leaf: torch.Tensor, found: list[Any]) -> None:
+        with self._adding, torch.no_grad():
+            known = self.gradients.get(leaf)
+            if known is None:
+                self.gradients[leaf] = _own(found)
+            elif known.layout is not torch.strided and found[0].layout is torch.strided:
+                self.gradients[leaf] = found[0] + known
+            else:
+                known += found[0]
+
+
+def _before(hooks: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    for hook in list(hooks.values()):
+        changed = hook((gradient,))
+        if changed is not None:
+            gradient = changed[0] if isinstance(changed, tuple) else changed
+    return gradient
+
+
+def _own(found: list[torch.Tensor]) -> torch.Tensor:
+    """Return the one gradient in a list itself if nobody else can reach it and it is dense in memory, else a copy."""
+    gradient = found[0]
+    if gradient.layout is torch.strided:
+        fits = gradient.is_contiguous()
+    else:
+        fits = gradient.layout is torch.sparse_coo and gradient._values().is_contiguous()
+    del gradient
+    if fits and _is_alone(found):
+        return found[0]
+    return found[0].clone(memory_format=torch.contiguous_format) if found[0].layout is torch.strided else found[0].clone()
+
+
+def _is_alone(found: list[torch.Tensor]) -> bool:
+    if found[0].layout is torch.strided:
+        return publishability(found) == "unreachable"
+    return publishability([found[0]._values()]) == "unreachable"

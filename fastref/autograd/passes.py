@@ -1,0 +1,265 @@
+"""Backward passes: find out across workers what the roots reach, let gradients travel, wait until all is accumulated."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.autograd.profiler import record_function
+
+from fastref.autograd.context import DistAutogradContext
+from fastref.autograd.contexts import Contexts, current_contexts
+from fastref.autograd.share import Gradients, Share
+from fastref.codec.registry import register
+from fastref.errors import BackwardError, CallTimeout, PeerError, RemoteError, UsageError
+from fastref.futures import Future
+from fastref.rref import current_wiring
+
+__all__ = ["backward"]
+
+
+def backward(
+    context_id: int,
+    roots: Sequence[torch.Tensor],
+    retain_graph: bool = False,
+    *,
+    all_sent_is_used: bool = False,
+    timeout: float = -1.0,
+) -> None:
+    """Run the backward pass from ``roots`` through all workers; gradients accumulate in the context.
+
+    Parameters
+    ----------
+    context_id : int
+        What ``context()`` gave.
+    roots : list of torch.Tensor
+        Each of one element.
+    retain_graph : bool
+        Keep what the pass needs, for another one.
+    all_sent_is_used : bool
+        The program promises that every tensor that wanted gradients and went to another worker in this context is part
+        of what the roots were made of: then the workers need not find out. If one is not the pass ends by its timeout.
+    timeout : float
+        Seconds for the pass; -1: the default of calls, 0: for ever.
+
+    Raises
+    ------
+    UsageError
+        There is no such context, or a root is not of one element and made by something that wants gradients.
+    BackwardError
+        A function of the graph raised, on any worker, or the context was released meanwhile.
+    WorkerDied, CallTimeout
+        A worker that takes part died, or it took too long.
+
+    Source
+    ------
+    ``torch.distributed.autograd.backward``. Different on purpose: it ends whether everything that was sent is used or not
+    (the "smart mode" of its design), and when it fails it does on all workers.
+    """
+    if not _are_arguments(context_id, roots):
+        raise TypeError(
+            "backward(): incompatible function arguments. The following argument types are supported: (context_id: int,"
+            f" roots: List[Tensor], retain_graph: bool = False); invoked with: {context_id!r}, {roots!r}"
+        )
+    contexts = current_contexts()
+    context = contexts.retrieve(context_id)
+    edges = [_edge_of(root) for root in roots]
+    if not edges:
+        raise UsageError("No tensors provided for gradient computation.")
+    with _shown():
+        _Pass(contexts, context, bool(retain_graph), timeout).run(edges, [_one(root) for root in roots], all_sent_is_used)
+
+
+def _are_arguments(context_id: Any, roots: Any) -> bool:
+    return (
+        isinstance(context_id, int)
+        and isinstance(roots, Sequence)
+        and all(isinstance(root, torch.Tensor) for root in roots)
+    )
+
+
+def _edge_of(root: torch.Tensor) -> tuple[Any, int]:
+    if not root.requires_grad:
+        raise UsageError("requires_grad not set on root")
+    if root.numel() != 1:
+        raise UsageError(f"{root.shape} is not a scalar, all roots need to be scalar")
+    if root.grad_fn is None:
+        raise UsageError(f"{root.shape} does not have a valid gradient function.")
+    edge = get_gradient_edge(root)
+    return edge.node, edge.output_nr
+
+
+def _one(root: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(root, memory_format=torch.contiguous_format, requires_grad=False)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with record_function("torch::distributed::autograd::backward"):
+            yield
+    else:
+        yield
+
+
+class _Pass:
+    """One pass, on the worker that runs it."""
+
+    def __init__(self, contexts: Contexts, context: DistAutogradContext, keep: bool, timeout: float) -> None:
+        self._contexts, self._context, self._keep = contexts, context, keep
+        self._id = context._context_id()
+        self.key = contexts.next_pass()
+        timeout_s = contexts.default_timeout_s if timeout == -1.0 else timeout
+        self._deadline_s = time.monotonic() + timeout_s if timeout_s else 0.0
+        self._timeout_s = timeout_s
+        self._share = contexts.share(self._id, self.key, keep)
+        self._others: list[int] = []
+        self._error: list[BaseException] = []
+
+    def run(self, edges: list[tuple[Any, int]], ones: list[torch.Tensor], all_used: bool) -> None:
+        share, futures = self._share, []
+        try:
+            self._explore(edges, all_used)
+            share.held_back = {}
+            share.begin_with(list(ones))
+            ones.clear()
+            first, share.held_back = share.held_back, None
+            for rank in self._others:
+                futures.append(self._call(rank, take_part, (self._id, self.key, first.pop(rank, []))))
+                futures[-1].add_done_callback(self._look)
+            for future in futures:
+                with contextlib.suppress(Exception):  # which `_look` has seen
+                    future.wait()
+            self._wait_for_own()
+            if self._error:
+                raise self._error[0]
+        except BaseException as error:
+            self._give_up(error)
+            raise _of_origin(error) from error.__cause__
+        finally:
+            self._context.shares.pop(self.key, None)
+
+    def _call(self, rank: int, function: Any, arguments: tuple) -> Future:
+        return self._contexts.call(rank, function, arguments, self._left_s())
+
+    def _left_s(self) -> float:
+        if not self._deadline_s:
+            return 0.0
+        return max(self._deadline_s - time.monotonic(), 1e-6)
+
+    # ---- which workers, and what of their graphs
+
+    def _explore(self, edges: list[tuple[Any, int]], all_used: bool) -> None:
+        """Ask worker by worker, in waves, until nothing new is reached."""
+        share, own = self._share, self._contexts.rank
+        if all_used:
+            share.explore(None)
+        found = share.begin(edges)
+        if all_used:
+            found = [(rank, 0) for rank in {node.rank for node in self._context.receives.values()} - {own}]
+        known: set[tuple[int, int]] = set()
+        while found:
+            wave: dict[int, list[int]] = {}
+            for rank, link in found:
+                if (rank, link) not in known:
+                    known.add((rank, link))
+                    wave.setdefault(rank, []).append(link)
+            found = []
+            here = wave.pop(own, None)
+            self._others += [rank for rank in wave if rank not in self._others]
+            futures = [
+                self._call(rank, explore, (self._id, self.key, self._keep, None if all_used else links))
+                for rank, links in wave.items()
+            ]
+            if here is not None and not all_used:
+                found += share.explore(here)
+            for future in futures:
+                found += future.wait()
+
+    # ---- the end
+
+    def _look(self, future: Any) -> None:
+        """A worker has done its share, or the pass has ended there."""
+        try:
+            future.value()
+        except Exception as error:
+            self._error.append(error)
+            self._give_up(error)
+
+    def _wait_for_own(self) -> None:
+        share = self._share
+        if not share.is_over and not self._contexts.wait_aside(share.over, self._left_s() or -1.0):
+            share.fail(
+                CallTimeout(
+                    f"RPCErr:1:RPC ran for more than set timeout ({self._timeout_s * 1000:.0f} ms) and will now be marked"
+                    f" with an error: a backward pass in autograd context {self._id}"
+                )
+            )
+        if share.error is not None:
+            self._error.append(share.error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """End the pass on all workers."""
+        others, self._others = self._others, []
+        self._share.fail(error)
+        for rank in others:
+            with contextlib.suppress(PeerError):  # it has ended with its worker
+                self._contexts.call(rank, give_up, (self._id, self.key, str(error)))
+
+
+def _of_origin(error: BaseException) -> BaseException:
+    """Return what ended a pass, without the way on which it came here."""
+    cause = error.__cause__
+    return cause if isinstance(error, RemoteError) and isinstance(cause, BackwardError | PeerError) else error
+
+
+# ---- on the other workers
+
+
+@register
+def explore(context_id: int, key: tuple[int, int], keep: bool, links: list[int] | None) -> list[tuple[int, int]]:
+    """Find out what a pass reaches behind tensors that were sent; behind all that were by None.
+
+    Returns
+    -------
+    list of (rank, link)
+        What was received from whom, of all that is reached; of all that was received by None, once for each worker.
+    """
+    contexts = current_contexts()
+    share = contexts.share(context_id, key, keep)
+    found = share.explore(links)
+    if links is None:
+        return [(node.rank, 0) for node in list(contexts.retrieve(context_id).receives.values())]
+    return found
+
+
+@register
+def take_part(context_id: int, key: tuple[int, int], gradients: Gradients) -> Future:
+    """Take the first gradients, which came with this call; the answer comes when the share in the pass is done."""
+    contexts = current_contexts()
+    share = contexts.share(context_id, key)
+    if gradients:
+        share.take(gradients)
+    share.outcome.add_done_callback(functools.partial(_forget, context_id, key))
+    return share.outcome
+
+
+take_part._wrapped_async_rpc_function = take_part  # type: ignore[attr-defined]  # as `async_execution` does
+
+
+def _forget(context_id: int, key: tuple[int, int], _: Any) -> None:
+    contexts = current_wiring().autograd
+    context = contexts._contexts.get(context_id)
+    if context is not None:
+        context.shares.pop(key, None)
+
+
+@register
+def give_up(context_id: int, key: tuple[int, int], why: str) -> None:
+    """The pass has ended with an error."""
+    current_contexts().end_share(context_id, key, BackwardError(f"a backward pass has been given up: {why}"))

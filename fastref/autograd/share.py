@@ -1,0 +1,185 @@
+"""One worker's share in a backward pass: gradients come in, its part of the graph runs, gradients go out.
+
+Whoever brings gradients runs what they make possible, unless another thread is at it already: that one looks again.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastref.autograd.context import DistAutogradContext
+from fastref.autograd.graph import LocalGraph
+from fastref.autograd.links import Received
+from fastref.codec.registry import register
+from fastref.errors import BackwardError, FastrefError
+from fastref.futures import Future
+from fastref.rref import current_wiring
+
+if TYPE_CHECKING:
+    from fastref.autograd.contexts import Contexts
+
+__all__ = ["Gradients", "Share"]
+
+Gradients = list[tuple[int, list[torch.Tensor | None]]]
+"""Numbers of links, and what comes back over each: a gradient for each of its tensors."""
+
+ROOTS = 0  # the entry of the pass itself; links begin at 1
+
+
+class Share:
+    """What one worker does in one pass.
+
+    Parameters
+    ----------
+    contexts : Contexts
+    context : DistAutogradContext
+    key : (int, int)
+        Who runs the pass, and which of its passes it is.
+    keep : bool
+        The graph stays, for another pass.
+    """
+
+    def __init__(self, contexts: Contexts, context: DistAutogradContext, key: tuple[int, int], keep: bool) -> None:
+        self.key = key
+        self.outcome: Future[None] = Future()
+        self.over = threading.Lock()  # held until then
+        self.over.acquire()
+        self.error: BaseException | None = None
+        self.held_back: dict[int, Gradients] | None = None  # by rank, instead of being sent; None: they are sent
+        self._contexts, self._context = contexts, context
+        self._graph = LocalGraph(context._context_id(), keep)
+        self._mail: deque[tuple[int, list[Any]]] = deque()
+        self._turn = threading.Lock()  # of who runs; never waited for
+        self._unconfirmed: set[object] = set()  # one for each message whose receiver has not said that it has it
+        self._delivered = False
+        self._open: list[None] = [None]  # taken by whoever settles the outcome
+
+    # ---- which part of the graph it is
+
+    def begin(self, edges: list[tuple[Any, int]]) -> list[tuple[int, int]]:
+        """Take the roots of the pass; return (rank, link) of what they reach on other workers."""
+        return [(node.rank, node.link) for node in self._graph.enter(ROOTS, edges)]
+
+    def explore(self, links: list[int] | None) -> list[tuple[int, int]]:
+        """Gradients will come over links, over all that there are by None; return (rank, link) of what they reach."""
+        sends = self._context.sends
+        found: list[tuple[int, int]] = []
+        for link in sends if links is None else links:
+            if not self._graph.has(link):
+                if link not in sends:
+                    raise BackwardError(
+                        f"Error on Node {self._contexts.rank}: nothing was sent as link {link} of autograd context"
+                        f" {self._context._context_id()}"
+                    )
+                edges = sends[link].next_functions
+                found += [(node.rank, node.link) for node in self._graph.enter(link, edges)]
+        return found
+
+    # ---- gradients
+
+    def take(self, gradients: Gradients) -> None:
+        """Gradients have come: run what they make possible."""
+        self._mail.extend(gradients)
+        while self._mail and self.error is None and self._turn.acquire(blocking=False):
+            try:
+                self._run()
+            except BaseException as error:
+                self.fail(self._described(error))
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._turn.release()
+
+    def begin_with(self, gradients: list[torch.Tensor | None]) -> None:
+        """As ``take``, with the gradients of the roots."""
+        self.take([(ROOTS, gradients)])
+
+    def _run(self) -> None:
+        graph = self._graph
+        while self._mail:
+            link, gradients = self._mail.popleft()
+            graph.arrive(link, gradients)
+            del gradients
+        ends = graph.run()
+        ends.reverse()
+        leaving: dict[int, Gradients] = {}
+        while ends:
+            node, found = ends.pop()
+            if self.error is not None:
+                return
+            if type(node) is Received:
+                leaving.setdefault(node.rank, []).append((node.link, found))
+            else:
+                self._context.accumulate(node, found)
+        self._send(leaving)
+        if graph.is_complete:
+            self._delivered = True
+            self._look_for_end()
+
+    def _send(self, leaving: dict[int, Gradients]) -> None:
+        own = leaving.pop(self._contexts.rank, None)
+        if own:
+            self._mail.extend(own)
+        if self.held_back is not None:
+            for rank, gradients in leaving.items():
+                self.held_back.setdefault(rank, []).extend(gradients)
+            return
+        for rank, gradients in leaving.items():
+            token = object()
+            self._unconfirmed.add(token)
+            future = self._contexts.call(rank, take_gradients, (self._context._context_id(), self.key, gradients))
+            future.add_done_callback(functools.partial(self._confirmed, token))
+
+    def _confirmed(self, token: object, future: Any) -> None:
+        try:
+            future.value()
+        except Exception as error:
+            self.fail(error)
+        self._unconfirmed.discard(token)
+        self._look_for_end()
+
+    # ---- the end
+
+    def _look_for_end(self) -> None:
+        if self._delivered and not self._unconfirmed:
+            self._settle(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, unless it has ended; nothing of it is run or sent any more."""
+        self._settle(error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        try:
+            self._open.pop()
+        except IndexError:
+            return
+        self.error = error
+        self._mail.clear()
+        if error is None:
+            self.outcome.set_result(None)
+        else:
+            self.outcome.set_exception(error)
+        self.over.release()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return not self._open
+
+    def _described(self, error: BaseException) -> BaseException:
+        if isinstance(error, FastrefError):
+            return error
+        found = BackwardError(f"Error on Node {self._contexts.rank}: {error}")
+        found.__cause__ = error
+        return found
+
+
+@register
+def take_gradients(context_id: int, key: tuple[int, int], gradients: Gradients) -> None:
+    """On a worker that sent tensors: take their gradients."""
+    current_wiring().autograd.share(context_id, key).take(gradients)
