@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +93,11 @@ def _before(hooks: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
 
 def _own(found: list[torch.Tensor]) -> torch.Tensor:
     """Return the one gradient in a list itself if nobody else can reach it and it is dense in memory, else a copy."""
-    gradient = found[0]
-    if gradient.layout is torch.strided:
-        fits = gradient.is_contiguous()
-    else:
-        fits = gradient.layout is torch.sparse_coo and gradient._values().is_contiguous()
-    del gradient
-    if fits and _is_alone(found):
-        return found[0]
-    return found[0].clone(memory_format=torch.contiguous_format) if found[0].layout is torch.strided else found[0].clone()
-
-
-def _is_alone(found: list[torch.Tensor]) -> bool:
     if found[0].layout is torch.strided:
-        return publishability(found) == "unreachable"
-    return publishability([found[0]._values()]) == "unreachable"
+        fits = found[0].is_contiguous() and publishability(found) == "unreachable"
+        return found[0] if fits else found[0].clone(memory_format=torch.contiguous_format)
+    # As torch does, who holds a view of what is in a sparse one may see later sums.
+    fits = found[0].layout is torch.sparse_coo and found[0]._values().is_contiguous()
+    if fits and sys.getrefcount(found[0]) == 2 and found[0]._use_count() == 1:  # type: ignore[attr-defined]
+        return found[0]
+    return found[0].clone()

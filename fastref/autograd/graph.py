@@ -2,9 +2,12 @@
 
 A pass enters a worker's graph at several places: at its roots, and at each send node whose tensors were used elsewhere.
 What comes in at one may depend, by way of other workers, on what goes out because of another. So the graph is run in
-rounds by torch's engine. A round runs the nodes that lead to an end, a receive node or a leaf tensor, of which all
-entries that reach it have their gradients. What goes from these nodes to others is kept, and summed, until their round
-comes; every node runs once in a pass, on the sum of all that comes to it.
+rounds. A round begins when an end, a receive node or a leaf tensor, has the gradients of all entries that reach it, and
+runs all nodes of which that is true. What goes from these to others is kept, and summed, until their round comes: every
+node runs once in a pass, on the sum of all that comes to it.
+
+torch's engine runs a round in one go, unless something is left over for a node within the graph, or for a leaf tensor
+with hooks: it would not compute that, or call the hooks for a part of the sum. Then it runs the nodes one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 from torch.autograd.graph import GradientEdge
 
 from fastref.autograd.links import Received
-from fastref.autograd.torch_names import AccumulateGrad, run_engine
+from fastref.autograd.torch_names import AccumulateGrad, run_engine, run_node
 from fastref.errors import UsageError
 
 __all__ = ["LocalGraph"]
@@ -125,16 +128,17 @@ class LocalGraph:
         """Run what can be run; return the ends that have all their gradients now."""
         if self.is_complete:
             ready, self._ends = self._ends, []
-            return self._run_round(ready, {})
+            sums, self._sums = self._sums, {}
+            return self._paired(ready, self._engine(sums, self._edges_of(ready)))
         if not self._reached:
             self._find_reached()
         missing = ~self._arrived
         ready = [end for end in self._ends if not self._reached[end] & missing]
         if not ready:
             return []
-        now = set(ready)
-        self._ends = [end for end in self._ends if end not in now]
-        return self._run_round(ready, self._running(now))
+        left = set(self._ends) - set(ready)
+        self._ends = [end for end in self._ends if end in left]
+        return self._paired(ready, self._run_round(ready))
 
     def _find_reached(self) -> None:
         reached = self._reached = [0] * len(self._nodes)
@@ -150,85 +154,69 @@ class LocalGraph:
                     reached[numbers[node]] |= mine
         self._ran = [False] * len(self._nodes)
 
-    def _running(self, ready: set[int]) -> dict[int, list[tuple[int, int, int]]]:
-        """Mark the nodes that lead to ``ready`` as run.
-
-        Returns
-        -------
-        dict
-            Node -> (which of its outputs, the node that it goes to, which input there), for all that does not run now.
-        """
-        numbers, ran = self._numbers, self._ran
-        now: list[int] = []
-        alive = set(ready)
-        for number in self._order:
-            if ran[number]:
-                continue
-            if any(node is not None and numbers[node] in alive for node, _ in self._next[number]):
-                alive.add(number)
-                now.append(number)
-        crossing: dict[int, list[tuple[int, int, int]]] = {}
+    def _run_round(self, ready: list[int]) -> list[Any]:
+        """Run the nodes of which all entries that reach them have come; what they give to others is kept."""
+        nodes, numbers, reached, missing = self._nodes, self._numbers, self._reached, ~self._arrived
+        now = [node for node in reversed(self._order) if self._next[node] and not (reached[node] & missing or self._ran[node])]
+        partial = {
+            numbers[node] for number in now for node, _ in self._next[number] if node is not None
+            if reached[numbers[node]] & missing
+        }  # fmt: skip
         for number in now:
-            ran[number] = True
-            leaving = [
-                (output, numbers[node], place)
-                for output, (node, place) in enumerate(self._next[number])
-                if node is not None and numbers[node] not in alive
-            ]
-            if leaving:
-                crossing[number] = leaving
-        for number in ready:
-            ran[number] = True
-        return crossing
+            self._ran[number] = True
+        if all(type(nodes[end]) is AccumulateGrad and not nodes[end].variable._backward_hooks for end in partial):
+            return self._run_by_engine(now, ready, sorted(partial))
+        for number in now:
+            self._step(number)
+        return self._engine(self._take(ready), self._edges_of(ready))
 
-    def _run_round(self, ready: list[int], crossing: dict[int, list[tuple[int, int, int]]]) -> list[End]:
-        nodes = self._nodes
-        wanted: list[GradientEdge] = []
-        for end in ready:
-            node = nodes[end]
-            count = node.count if type(node) is Received else 1
-            wanted += [GradientEdge(node, place) for place in range(count)]
-        if self.is_complete:
-            sums, self._sums = self._sums, {}
-        else:
-            sums = {place: self._sums.pop(place) for place in list(self._sums) if self._ran[place[0]]}
-        if not sums or not wanted:
-            gradients: list[Any] = [None] * len(wanted)
-        else:
-            gradients = self._engine(sums, wanted, crossing)
-        found: list[End] = []
-        for end in reversed(ready):
-            node = nodes[end]
-            count = node.count if type(node) is Received else 1
-            found.append((node, gradients[-count:]))
-            del gradients[-count:]
-        found.reverse()
+    def _run_by_engine(self, now: list[int], ready: list[int], partial: list[int]) -> list[Any]:
+        """Run nodes that lead nowhere but to ends; parts of sums at leaf tensors, without hooks, are kept."""
+        wanted = self._edges_of(ready)
+        found = self._engine(self._take([*now, *ready]), [*wanted, *self._edges_of(partial)])
+        for end, gradient in zip(partial, found[len(wanted) :], strict=True):
+            if gradient is not None:
+                self._add(end, 0, gradient)
+        del found[len(wanted) :]
         return found
 
-    def _engine(self, sums: dict, wanted: list[GradientEdge], crossing: dict) -> list[Any]:
-        nodes = self._nodes
-        roots = [GradientEdge(nodes[node], place) for node, place in sums]
+    def _step(self, number: int) -> None:
+        """Run one node, all of whose gradients are there."""
+        sums = self._take([number])
+        if not sums:
+            return
+        edges = [GradientEdge(self._nodes[node], place) for node, place in sums]
+        found = run_node(self._nodes[number], edges, list(sums.values()), self._keep)
+        for (node, place), gradient in zip(self._next[number], found, strict=True):
+            if node is not None and gradient is not None:
+                self._add(self._numbers[node], place, gradient)
+
+    def _take(self, numbers: list[int]) -> dict[tuple[int, int], Any]:
+        """Take what has come to nodes out of the sums."""
+        wanted = set(numbers)
+        return {place: self._sums.pop(place) for place in list(self._sums) if place[0] in wanted}
+
+    def _edges_of(self, ends: list[int]) -> list[GradientEdge]:
+        return [GradientEdge(self._nodes[end], place) for end in ends for place in range(_width(self._nodes[end]))]
+
+    def _engine(self, sums: dict[tuple[int, int], Any], wanted: list[GradientEdge]) -> list[Any]:
+        if not sums or not wanted:
+            return [None] * len(wanted)
+        roots = [GradientEdge(self._nodes[node], place) for node, place in sums]
         values = list(sums.values())
         sums.clear()
-        if not crossing:
-            return run_engine(roots, values, self._keep, wanted)
-        kept: list[tuple[int, int, Any]] = []
-        handles = []
-        try:
-            for number, leaving in crossing.items():
-                handles.append(nodes[number].register_hook(_keeper(leaving, kept)))
-            return run_engine(roots, values, self._keep, wanted)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for node, place, gradient in kept:
-                self._add(node, place, gradient)
+        return run_engine(roots, values, self._keep, wanted)
+
+    def _paired(self, ends: list[int], gradients: list[Any]) -> list[End]:
+        """Return each end with its gradients, which nothing else holds."""
+        found: list[End] = []
+        gradients.reverse()
+        for end in ends:
+            node = self._nodes[end]
+            found.append((node, [gradients.pop() for _ in range(_width(node))]))
+        return found
 
 
-def _keeper(leaving: list[tuple[int, int, int]], kept: list[tuple[int, int, Any]]) -> Any:
-    def keep(inputs: Any, outputs: Any) -> None:  # of the node's forward: what leaves it now are gradients of inputs
-        for output, node, place in leaving:
-            if inputs[output] is not None:
-                kept.append((node, place, inputs[output]))
-
-    return keep
+def _width(end: Any) -> int:
+    """Return how many gradients come to a receive node, or to a leaf tensor."""
+    return end.count if type(end) is Received else 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["AccumulateGrad", "PRIVATE", "backward_class", "hooks_of", "run_engine"]
+__all__ = ["PRIVATE", "AccumulateGrad", "backward_class", "hooks_of", "run_engine", "run_node"]
 
 PRIVATE = (
     "torch.autograd.Variable._execution_engine.run_backward",
@@ -31,6 +32,34 @@ def run_engine(roots: list[GradientEdge], gradients: list[Any], keep: bool, want
     """
     found = _engine.run_backward(tuple(roots), tuple(gradients), keep, False, tuple(wanted), True, False)
     return list(found)
+
+
+class _Enough(Exception):
+    """A node has run, and what it leads to shall not."""
+
+
+def run_node(node: Any, edges: list[GradientEdge], gradients: list[Any], keep: bool) -> tuple[Any, ...]:
+    """Run one node, hooks and all; return what it gives to each of its ``next_functions``, or None.
+
+    What it has saved is not freed, whatever ``keep`` says: the engine does that behind its hooks, and is stopped there.
+    """
+    found: list[tuple[Any, ...]] = []
+    thread = threading.get_ident()
+    is_here = all(about.device.type == "cpu" for about in node._input_metadata)  # where it runs is this thread
+
+    def stop(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+        if not is_here or threading.get_ident() == thread:  # else another pass runs it
+            found.append(inputs)
+            raise _Enough
+
+    handle = node.register_hook(stop)
+    try:
+        _engine.run_backward(tuple(edges), tuple(gradients), keep, False, (), True, True)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def backward_class(function: type[torch.autograd.Function]) -> Any:

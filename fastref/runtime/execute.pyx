@@ -443,6 +443,8 @@ cdef class Executor(ReferenceCaller):
                 job.decoded()
             elif job.head.flags & FLAG_PUBLISHED:
                 value = PUBLISHED
+            elif job.head.flags & FLAG_CONTEXT:
+                value = self.unload(<Carried>job.body, job.peer)
             else:
                 value = job.body
         except Exception as trouble:
