@@ -13,9 +13,10 @@ __all__ = ["PRIVATE", "AccumulateGrad", "backward_class", "hooks_of", "run_engin
 PRIVATE = (
     "torch.autograd.Variable._execution_engine.run_backward",
     "torch.autograd.Function._backward_cls",
-    "torch.utils.hooks.RemovableHandle.hooks_dict_ref",
 )
-"""What a test looks for, beside a leaf's ``AccumulateGrad`` with its ``variable``, ``metadata`` and hooks."""
+"""What a test looks for, beside nodes with ``metadata``, ``_input_metadata`` and hooks in a dict, and leaves with
+``_backward_hooks``.
+"""
 
 _engine: Any = torch.autograd.Variable._execution_engine
 
