@@ -309,8 +309,6 @@ cdef class RRef:
         ``torch.distributed.rpc.RRef.backward``.
         """
         self._usable("backward()")
-        if self.wiring.autograd is None:
-            raise UsageError("this runtime keeps no autograd contexts")
         self.wiring.autograd.backward_of(self, dist_autograd_ctx_id, retain_graph)
 
     def rref_id(self) -> GloballyUniqueId:

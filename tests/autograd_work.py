@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import fastref
 import fastref.autograd as autograd
 import fastref.rpc as rpc
 from fastref.rref import current_wiring
@@ -200,3 +201,13 @@ def let_go_on() -> None:
 def fetched_directly() -> int:
     count: int = current_wiring().fetched_directly
     return count
+
+
+@fastref.register
+def squared_at(to: str, value: torch.Tensor) -> torch.Tensor:
+    return value * rpc.rpc_sync(to, doubled, (value,))
+
+
+@fastref.register
+def doubled(value: torch.Tensor) -> torch.Tensor:
+    return value * 2

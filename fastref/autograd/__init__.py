@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from fastref.autograd.context import DistAutogradContext
-from fastref.autograd.contexts import attach, current_contexts
+from fastref.autograd.contexts import Contexts, current_contexts
 from fastref.autograd.passes import backward
+from fastref.autograd.references import backward_of
 from fastref.errors import UsageError
 from fastref.runtime.post import thread_context
 
@@ -39,6 +41,12 @@ class context:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _contexts().release(self.autograd_context._context_id())
+
+
+def attach(runtime: Any) -> None:
+    """Have a runtime keep autograd contexts."""
+    runtime.autograd = Contexts(runtime)
+    runtime.autograd.backward_of = backward_of
 
 
 def is_available() -> bool:

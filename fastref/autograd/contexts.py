@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ import torch
 from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.links import receive_node, send_node
 from fastref.autograd.share import Share
-from fastref.codec.registry import register
 from fastref.errors import BackwardError, UsageError
 from fastref.futures import Future
-from fastref.rref import HOW_ASYNC, HOW_SYNC, RRef, current_wiring
+from fastref.rref import HOW_ASYNC, current_wiring
 from fastref.runtime.post import set_thread_context, thread_context
 from fastref.wire.kinds import Kind
 
-__all__ = ["Contexts", "attach", "current_contexts"]
+__all__ = ["Contexts", "current_contexts"]
 
 COUNT_BITS = 48
 COUNT_MASK = (1 << COUNT_BITS) - 1
@@ -148,6 +148,8 @@ class Contexts:
             for key in [key for key in list(context.shares) if key[0] == rank]:
                 self.end_share(context_id, key, error)
 
+    backward_of: Callable[[Any, int, bool], None]  # what ``RRef.backward`` calls
+
     # ---- passes
 
     def next_pass(self) -> tuple[int, int]:
@@ -193,40 +195,6 @@ class Contexts:
         """Seconds that calls have by default; 0: for ever."""
         timeout: float = self._runtime.default_timeout_s
         return timeout
-
-    # ---- references
-
-    def backward_of(self, rref: RRef, context_id: int, retain_graph: bool) -> None:
-        """As ``RRef.backward``."""
-        if not rref.is_owner():
-            if context_id == -1:
-                raise UsageError("User RRefs require 'dist_autograd_ctx_id' to be specified")
-            before = set_thread_context(0)
-            try:
-                arguments = (rref, context_id, bool(retain_graph))
-                self._runtime.rpc_unprofiled(HOW_SYNC, rref.owner(), _backward_at_owner, arguments, None, -1.0)
-            finally:
-                set_thread_context(before)
-            return
-        from fastref.autograd.passes import backward
-
-        value = rref.local_value()
-        if not isinstance(value, torch.Tensor):
-            raise UsageError("RRef should contain a tensor for .backward()")
-        if context_id == -1:
-            torch.autograd.backward(value, retain_graph=retain_graph)
-        else:
-            backward(context_id, [value], retain_graph)
-
-
-@register
-def _backward_at_owner(rref: RRef, context_id: int, retain_graph: bool) -> None:
-    current_wiring().autograd.backward_of(rref, context_id, retain_graph)
-
-
-def attach(runtime: Any) -> None:
-    """Have a runtime keep autograd contexts."""
-    runtime.autograd = Contexts(runtime)
 
 
 def current_contexts() -> Contexts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -120,27 +121,28 @@ class _Pass:
         self._share = contexts.share(self._id, self.key, keep)
         self._others: list[int] = []
         self._error: list[BaseException] = []
+        self._waited_for: set[Future] = set()
+        self._over = threading.Lock()
+        self._over.acquire()
 
     def run(self, edges: list[tuple[Any, int]], ones: list[torch.Tensor], all_used: bool) -> None:
-        share, futures = self._share, []
+        share = self._share
         try:
             self._explore(edges, all_used)
             share.held_back = {}
             share.begin_with(list(ones))
             ones.clear()
             first, share.held_back = share.held_back, None
-            for rank in self._others:
-                futures.append(self._call(rank, take_part, (self._id, self.key, first.pop(rank, []))))
-                futures[-1].add_done_callback(self._look)
-            for future in futures:
-                with contextlib.suppress(Exception):  # which `_look` has seen
-                    future.wait()
-            self._wait_for_own()
-            if self._error:
-                raise self._error[0]
+            futures = [
+                self._call(rank, take_part, (self._id, self.key, first.pop(rank, []))) for rank in list(self._others)
+            ]
+            self._wait(futures)
         except BaseException as error:
             self._give_up(error)
-            raise _of_origin(error) from error.__cause__
+            origin = _of_origin(error)
+            if origin is error:
+                raise
+            raise origin from error
         finally:
             self._context.shares.pop(self.key, None)
 
@@ -183,25 +185,32 @@ class _Pass:
 
     # ---- the end
 
-    def _look(self, future: Any) -> None:
-        """A worker has done its share, or the pass has ended there."""
+    def _wait(self, futures: list[Future]) -> None:
+        """Wait until all shares are done, or one has failed: its worker, or another, may not go on then."""
+        share = self._share
+        if share.is_over and share.error is None and len(futures) == 1:
+            futures[0].wait()
+            return
+        self._waited_for = {share.outcome, *futures}
+        for future in list(self._waited_for):
+            future.add_done_callback(functools.partial(self._one_is_over, future))
+        if not self._contexts.wait_aside(self._over, self._left_s() or -1.0):
+            raise CallTimeout(
+                f"RPCErr:1:RPC ran for more than set timeout ({self._timeout_s * 1000:.0f} ms) and will now be marked"
+                f" with an error: a backward pass in autograd context {self._id}"
+            )
+        if self._error:
+            raise self._error[0]
+
+    def _one_is_over(self, future: Future, done: Any) -> None:
         try:
-            future.value()
+            done.value()
         except Exception as error:
             self._error.append(error)
-            self._give_up(error)
-
-    def _wait_for_own(self) -> None:
-        share = self._share
-        if not share.is_over and not self._contexts.wait_aside(share.over, self._left_s() or -1.0):
-            share.fail(
-                CallTimeout(
-                    f"RPCErr:1:RPC ran for more than set timeout ({self._timeout_s * 1000:.0f} ms) and will now be marked"
-                    f" with an error: a backward pass in autograd context {self._id}"
-                )
-            )
-        if share.error is not None:
-            self._error.append(share.error)
+        self._waited_for.discard(future)
+        if self._error or not self._waited_for:
+            with contextlib.suppress(RuntimeError):  # it is released already
+                self._over.release()
 
     def _give_up(self, error: BaseException) -> None:
         """End the pass on all workers."""
