@@ -115,7 +115,8 @@ def test_nested_calls_inherit_the_context_and_bring_gradients_back() -> None:
         autograd.backward(context_id, [result.sum()])
         check(autograd.get_gradients(context_id), local((a * b).sum(), a, b))
         # There and back through each.
-        assert [rpc.rpc_sync(name, work.links, (context_id,)) for name in ("w1", "w2", "w3")] == [(2, 2), (2, 2), (1, 1)]
+        links = [rpc.rpc_sync(name, work.links, (context_id,)) for name in ("w1", "w2", "w3")]
+        assert links == [(2, 2), (2, 2), (1, 1)]
     work.wait_everywhere("w1", "w2", "w3")
 
 

@@ -80,7 +80,8 @@ class Plot:
         for number in order:
             assert graph.arrive(number, self.gradients[number])
             for node, gradients in graph.run():
-                ends = [(node.link, place) for place in range(node.count)] if type(node) is Received else [node.variable]
+                is_received = type(node) is Received
+                ends = [(node.link, place) for place in range(node.count)] if is_received else [node.variable]
                 for end, gradient in zip(ends, gradients, strict=True):
                     assert end not in found
                     found[end] = gradient

@@ -229,7 +229,7 @@ assert torch.nn.parallel.distributed.RRef is rpc.RRef
 assert held.rpc_sync is rpc.rpc_sync and held.api is api and held_api.shutdown is api.shutdown
 held_api._ignore_rref_leak = False
 assert api._ignore_rref_leak is False
-assert not torch.distributed.autograd.is_available() and not held_autograd.is_available()
+assert torch.distributed.autograd is fastref.autograd and held_autograd.backward is fastref.autograd.backward
 for function in (lambda: init_rpc("w", rank=0, world_size=1), lambda: rpc_sync("w", print)):
     try:
         function()

@@ -21,17 +21,6 @@ from tests.puppets import Troupe, troupe_fixture  # noqa: F401
 jobs, job = job_fixtures(3)
 
 
-# ---- what is not there yet
-
-
-@in_job
-def test_gradients_through_a_reference_are_refused_by_name() -> None:
-    for rref in (rpc.RRef(torch.ones(1, requires_grad=True).sum()), rpc.remote("w1", torch.ones, (1,))):
-        for backward in (rref.backward, lambda rref=rref: rref.backward(dist_autograd_ctx_id=7, retain_graph=True)):
-            with pytest.raises(UsageError, match="^fastref does not have RRef.backward: distributed autograd comes"):
-                backward()
-
-
 # ---- collecting futures
 
 

@@ -18,7 +18,7 @@ __all__ = ["DistAutogradContext", "attach", "backward", "context", "get_gradient
 
 
 class context:
-    """Have calls made inside belong together, so that ``backward`` can go through them; ``with context() as context_id:``.
+    """Have calls made inside belong together, so that ``backward`` goes through them: ``with context() as number:``.
 
     It is of the thread that enters it; functions that are called from inside it run in it, wherever they run, and what
     they call too. At the end all workers let go of it, without being waited for.
@@ -99,7 +99,8 @@ def _current_context() -> DistAutogradContext:
 
 def _get_max_id() -> int:
     """Return the largest number that a context of this worker can have."""
-    return _contexts().largest
+    largest: int = _contexts().largest
+    return largest
 
 
 def _get_debug_info() -> dict[str, int]:

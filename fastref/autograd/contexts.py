@@ -124,7 +124,7 @@ class Contexts:
 
     def send(self, context_id: int, rank: int, tensors: list[torch.Tensor]) -> int:
         """Note that tensors go to a worker; return the number of their link."""
-        link = next(self._links)
+        link: int = next(self._links)
         context = self._contexts.get(context_id)
         if context is not None:
             context.sends[link] = send_node(tensors)

@@ -157,13 +157,16 @@ class LocalGraph:
     def _run_round(self, ready: list[int]) -> list[Any]:
         """Run the nodes of which all entries that reach them have come; what they give to others is kept."""
         nodes, numbers, reached, missing = self._nodes, self._numbers, self._reached, ~self._arrived
-        now = [node for node in reversed(self._order) if self._next[node] and not (reached[node] & missing or self._ran[node])]
+        ran = self._ran
+        now = [
+            node for node in reversed(self._order) if self._next[node] and not (reached[node] & missing or ran[node])
+        ]
         partial = {
             numbers[node] for number in now for node, _ in self._next[number] if node is not None
             if reached[numbers[node]] & missing
         }  # fmt: skip
         for number in now:
-            self._ran[number] = True
+            ran[number] = True
         if all(type(nodes[end]) is AccumulateGrad and not nodes[end].variable._backward_hooks for end in partial):
             return self._run_by_engine(now, ready, sorted(partial))
         for number in now:

@@ -1,4 +1,4 @@
-"""Backward passes: find out across workers what the roots reach, let gradients travel, wait until all is accumulated."""
+"""Backward passes: find out what the roots reach on all workers, let gradients travel, wait until all are there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.profiler import record_function
 
 from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.contexts import Contexts, current_contexts
-from fastref.autograd.share import Gradients, Share
+from fastref.autograd.share import Gradients
 from fastref.codec.registry import register
 from fastref.errors import BackwardError, CallTimeout, PeerError, RemoteError, UsageError
 from fastref.futures import Future
@@ -59,8 +59,8 @@ def backward(
 
     Source
     ------
-    ``torch.distributed.autograd.backward``. Different on purpose: it ends whether everything that was sent is used or not
-    (the "smart mode" of its design), and when it fails it does on all workers.
+    ``torch.distributed.autograd.backward``. Different on purpose: it ends whether everything that was sent is used or
+    not (the "smart mode" of its design), and when it fails it does on all workers.
     """
     if not _are_arguments(context_id, roots):
         raise TypeError(
@@ -73,7 +73,8 @@ def backward(
     if not edges:
         raise UsageError("No tensors provided for gradient computation.")
     with _shown():
-        _Pass(contexts, context, bool(retain_graph), timeout).run(edges, [_one(root) for root in roots], all_sent_is_used)
+        one_pass = _Pass(contexts, context, bool(retain_graph), timeout)
+        one_pass.run(edges, [_one(root) for root in roots], all_sent_is_used)
 
 
 def _are_arguments(context_id: Any, roots: Any) -> bool:

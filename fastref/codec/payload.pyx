@@ -9,7 +9,7 @@ from fastref.carriers.warm cimport errands, fr_errands
 
 from fastref.errors import ProtocolError
 
-__all__ = ["Decoder", "Encoder"]
+__all__ = ["Carried", "Decoder", "Encoder"]
 
 cdef enum:
     ALIGNMENT = 64

@@ -94,17 +94,16 @@ def loads(
     """Unpickle what ``dumps`` made; ``buffers`` are writable copies of its buffers, ``references`` the frame's.
 
     ``claim`` returns the block for sharing that has a number. Tensors that ``dumps`` linked are appended to ``linked``,
-    in the same order, and want no gradient yet; without such a list they do.
+    in the same order, and want no gradient yet.
     """
     unpickler = _Unpickler(io.BytesIO(data), buffers, references, claim)
     value = unpickler.load()
     for number in range(len(unpickler.linked)):
-        if number not in unpickler.linked:
-            raise ProtocolError(f"a pickle with {len(unpickler.linked)} linked tensors, and none of them is number {number}")
-        if linked is None:
-            unpickler.linked[number].requires_grad_()
-        else:
-            linked.append(unpickler.linked[number])
+        if linked is None or number not in unpickler.linked:
+            raise ProtocolError(
+                f"a pickle with {len(unpickler.linked)} linked tensors, of which number {number} is missing or comes along with no autograd context"
+            )
+        linked.append(unpickler.linked[number])
     return value
 
 
@@ -266,7 +265,6 @@ class _Unpickler(pickle.Unpickler):
     def _shared_storage(self, number: int) -> torch.UntypedStorage:
         assert self.claim is not None
         return storage_of(self.claim(number))
-
 
     def _linked(self, rebuild: Callable[..., torch.Tensor], arguments: tuple, number: int) -> torch.Tensor:
         tensor = self.linked[number] = rebuild(*arguments)

@@ -255,7 +255,8 @@ cdef object read_tensor(Decoder decoder, bint is_forwarded):
     cdef int64_t* sizes
     cdef int i
     memcpy(&header, decoder.take(sizeof(TensorHeader)), sizeof(TensorHeader))
-    if not _is_carried(header.code, header.bits, header.ndim) or header.flags & ~ALL_FLAGS:
+    if not _is_carried(header.code, header.bits, header.ndim) or header.flags & ~ALL_FLAGS \
+            or (header.flags & IS_LINKED and (decoder.linked is None or header.flags & WANTS_GRADIENT)):
         raise ProtocolError(f"a tensor of {header.ndim} dimensions and {header.bits} bits of kind {header.code}, "
                             f"flags {header.flags}")
     memcpy(&shape[0], decoder.take(header.ndim * 8), header.ndim * 8)
@@ -334,7 +335,7 @@ cdef object read_tensor(Decoder decoder, bint is_forwarded):
             tensor = make_subclass(Parameter, tensor, bool(header.flags & WANTS_GRADIENT))
         elif header.flags & (WANTS_GRADIENT | IS_LINKED):
             tensor.requires_grad_()
-        if header.flags & IS_LINKED and decoder.linked is not None:
+        if header.flags & IS_LINKED:
             decoder.linked.append(tensor.requires_grad_(False))
         return tensor
     except RuntimeError as error:  # whole numbers have no gradients

@@ -19,7 +19,9 @@ __all__ = ["FaultyRuntime"]
 logger = logging.getLogger("fastref")
 
 # What nobody waits for: it fails unseen, and is sent again.
-CONTROLS = frozenset({Kind.RREF_FORK_REQUEST, Kind.RREF_CHILD_ACCEPT, Kind.RREF_USER_DELETE, Kind.CLEANUP_AUTOGRAD_CONTEXT_REQ})
+CONTROLS = frozenset(
+    {Kind.RREF_FORK_REQUEST, Kind.RREF_CHILD_ACCEPT, Kind.RREF_USER_DELETE, Kind.CLEANUP_AUTOGRAD_CONTEXT_REQ}
+)
 
 
 class FaultyRuntime(FaultySender, Runtime):

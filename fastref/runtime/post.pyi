@@ -13,8 +13,10 @@ from fastref.rref import OwnedValue, Wiring
 from fastref.runtime.peer import Peer
 from fastref.segments.shared import SharedBlock
 
-__all__ = ["Post", "use_warm_memory"]
+__all__ = ["Post", "set_thread_context", "thread_context", "use_warm_memory"]
 
+def set_thread_context(context: int) -> int: ...
+def thread_context() -> int: ...
 def use_warm_memory(loop: TcpLoop) -> None: ...
 
 class Post(Wiring):
@@ -23,6 +25,7 @@ class Post(Wiring):
     owned: list[OwnedValue | None]
     calls_sent: int
     blocks_forwarded: int
+    autograd: Any
     encode_failure: Callable[[BaseException, Any], bytes]
     decode_failure: Callable[[bytes], BaseException]
 

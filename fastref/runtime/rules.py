@@ -120,7 +120,8 @@ class RuleKeeper(Server):
 
     def _context_released(self, peer: Peer, call: int, value: Any) -> None:
         if self.autograd is not None:
-            self.do_later(functools.partial(self.autograd.release, call))  # of graphs: their destructors may do anything
+            # It ends graphs, and their destructors may do anything.
+            self.do_later(functools.partial(self.autograd.release, call))
 
     # ---- entries and credits
 

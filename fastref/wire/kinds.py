@@ -28,4 +28,4 @@ class Kind(IntEnum):
     SETTLED = 18  # a value that a worker of another host made by remote() is there, or never will be
     DELETES_ASK = 19  # the owner is short of entries: send every delete that waits, then say so
     DELETES_DONE = 20
-    CLEANUP_AUTOGRAD_CONTEXT_REQ = 21  # let go of an autograd context, and have those let go whom this worker told of it
+    CLEANUP_AUTOGRAD_CONTEXT_REQ = 21  # let go of an autograd context, and have those do so whom this worker told of it
