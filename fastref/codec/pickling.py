@@ -101,7 +101,7 @@ def loads(
     for number in range(len(unpickler.linked)):
         if linked is None or number not in unpickler.linked:
             raise ProtocolError(
-                f"a pickle with {len(unpickler.linked)} linked tensors, of which number {number} is missing or comes along with no autograd context"
+                f"a pickle with {len(unpickler.linked)} linked tensors in it: number {number} is missing, or it came without a context"
             )
         linked.append(unpickler.linked[number])
     return value
