@@ -102,6 +102,26 @@ class LocalGraph:
                 done[number] = True
                 self._order.append(number)
 
+    def is_apart_from(self, nodes: Iterable[Any]) -> bool:
+        """Tell whether nothing that nodes lead to has been reached."""
+        seen: set[Any] = set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            if node in self._numbers:
+                return False
+            seen.add(node)
+            if type(node) is not Received:
+                stack += [other for other, _ in node.next_functions]
+        return True
+
+    @property
+    def entries(self) -> int:
+        """How many entries are known."""
+        return len(self._roots)
+
     # ---- gradients
 
     def arrive(self, key: int, gradients: Iterable[Any]) -> bool:

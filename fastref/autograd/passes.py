@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from torch.autograd.profiler import record_function
 
 from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.contexts import Contexts, current_contexts
-from fastref.autograd.share import Gradients
+from fastref.autograd.share import ROOTS, Gradients
 from fastref.codec.registry import register
 from fastref.errors import BackwardError, CallTimeout, PeerError, RemoteError, UsageError
 from fastref.futures import Future
@@ -121,23 +120,26 @@ class _Pass:
         self._timeout_s = timeout_s
         self._share = contexts.share(self._id, self.key, keep)
         self._others: list[int] = []
-        self._error: list[BaseException] = []
-        self._waited_for: set[Future] = set()
-        self._over = threading.Lock()
-        self._over.acquire()
+        self._found: set[tuple[int, int]] = set()  # (rank, link) of all that is used
+        self._pending: list[Future] = []
 
     def run(self, edges: list[tuple[Any, int]], ones: list[torch.Tensor], all_used: bool) -> None:
         share = self._share
         try:
-            self._explore(edges, all_used)
+            share.outcome.add_done_callback(self._look)
+            if all_used:
+                share.explore(None)
+            found = share.begin(edges)
             share.held_back = {}
-            share.begin_with(list(ones))
+            gradients = [(ROOTS, list(ones))]
             ones.clear()
+            if not all_used and self._is_of_one_other(found):
+                found, gradients = self._ask_the_other(found, gradients)
+            self._explore(found, all_used)
+            share.take(gradients)
             first, share.held_back = share.held_back, None
-            futures = [
-                self._call(rank, take_part, (self._id, self.key, first.pop(rank, []))) for rank in list(self._others)
-            ]
-            self._wait(futures)
+            share.close()
+            self._wait([self._call(rank, take_part, first.pop(rank, [])) for rank in list(self._others)])
         except BaseException as error:
             self._give_up(error)
             origin = _of_origin(error)
@@ -147,37 +149,65 @@ class _Pass:
         finally:
             self._context.shares.pop(self.key, None)
 
-    def _call(self, rank: int, function: Any, arguments: tuple) -> Future:
-        return self._contexts.call(rank, function, arguments, self._left_s())
+    def _call(self, rank: int, function: Any, *arguments: Any) -> Future:
+        future = self._contexts.call(rank, function, (self._id, self.key, *arguments), self._left_s())
+        self._pending.append(future)
+        return future
 
     def _left_s(self) -> float:
         if not self._deadline_s:
             return 0.0
         return max(self._deadline_s - time.monotonic(), 1e-6)
 
+    # ---- when one other worker is all that the roots reach
+
+    def _is_of_one_other(self, found: list[tuple[int, int]]) -> bool:
+        """Whether the roots reach one other worker, and nothing that gradients of what was sent from here reach."""
+        ranks = {rank for rank, _ in found}
+        return len(ranks) == 1 and self._contexts.rank not in ranks and self._share.is_apart()
+
+    def _ask_the_other(
+        self, found: list[tuple[int, int]], gradients: Gradients
+    ) -> tuple[list[tuple[int, int]], Gradients]:
+        """Run what the roots reach here, and have the other worker find out what is used and do its share, by one call.
+
+        Returns
+        -------
+        found, gradients
+            What the other has found here, and its gradients: none if it could not do its share yet.
+        """
+        share, (rank, _) = self._share, found[0]
+        share.is_open = True  # more may come
+        share.take(gradients)
+        assert share.held_back is not None
+        first = share.held_back.pop(rank, [])
+        self._others.append(rank)
+        future = self._call(rank, explore_and_run, self._keep, [link for _, link in found], first)
+        is_done, answer = future.wait()
+        if not is_done:
+            return answer, []
+        self._others.remove(rank)
+        self._found.update(found)
+        return [(self._contexts.rank, link) for link, _ in answer], answer
+
     # ---- which workers, and what of their graphs
 
-    def _explore(self, edges: list[tuple[Any, int]], all_used: bool) -> None:
+    def _explore(self, found: list[tuple[int, int]], all_used: bool) -> None:
         """Ask worker by worker, in waves, until nothing new is reached."""
         share, own = self._share, self._contexts.rank
         if all_used:
-            share.explore(None)
-        found = share.begin(edges)
-        if all_used:
             found = [(rank, 0) for rank in {node.rank for node in self._context.receives.values()} - {own}]
-        known: set[tuple[int, int]] = set()
         while found:
             wave: dict[int, list[int]] = {}
             for rank, link in found:
-                if (rank, link) not in known:
-                    known.add((rank, link))
+                if (rank, link) not in self._found:
+                    self._found.add((rank, link))
                     wave.setdefault(rank, []).append(link)
             found = []
             here = wave.pop(own, None)
             self._others += [rank for rank in wave if rank not in self._others]
             futures = [
-                self._call(rank, explore, (self._id, self.key, self._keep, None if all_used else links))
-                for rank, links in wave.items()
+                self._call(rank, explore, self._keep, None if all_used else links) for rank, links in wave.items()
             ]
             if here is not None and not all_used:
                 found += share.explore(here)
@@ -187,31 +217,28 @@ class _Pass:
     # ---- the end
 
     def _wait(self, futures: list[Future]) -> None:
-        """Wait until all shares are done, or one has failed: its worker, or another, may not go on then."""
+        """Wait until all shares are done, or one has failed: no other one may be able to go on then."""
+        for future in futures if len(futures) > 1 else ():
+            future.add_done_callback(self._look)
+        for future in futures:
+            future.wait()
         share = self._share
-        if share.is_over and share.error is None and len(futures) == 1:
-            futures[0].wait()
-            return
-        self._waited_for = {share.outcome, *futures}
-        for future in list(self._waited_for):
-            future.add_done_callback(functools.partial(self._one_is_over, future))
-        if not self._contexts.wait_aside(self._over, self._left_s() or -1.0):
+        if not share.is_over and not self._contexts.wait_aside(share.over, self._left_s() or -1.0):
             raise CallTimeout(
                 f"RPCErr:1:RPC ran for more than set timeout ({self._timeout_s * 1000:.0f} ms) and will now be marked"
                 f" with an error: a backward pass in autograd context {self._id}"
             )
-        if self._error:
-            raise self._error[0]
+        if share.error is not None:
+            raise share.error
 
-    def _one_is_over(self, future: Future, done: Any) -> None:
+    def _look(self, future: Any) -> None:
+        """A share is over: if it has failed nobody need wait for another."""
         try:
-            done.value()
+            future.value()
         except Exception as error:
-            self._error.append(error)
-        self._waited_for.discard(future)
-        if self._error or not self._waited_for:
-            with contextlib.suppress(RuntimeError):  # it is released already
-                self._over.release()
+            for other in list(self._pending):
+                other._pending.give_up(error)
+            self._share.fail(error)
 
     def _give_up(self, error: BaseException) -> None:
         """End the pass on all workers."""
@@ -249,12 +276,38 @@ def explore(context_id: int, key: tuple[int, int], keep: bool, links: list[int] 
 
 
 @register
+def explore_and_run(
+    context_id: int, key: tuple[int, int], keep: bool, links: list[int], gradients: Gradients
+) -> tuple[bool, Any]:
+    """As ``explore``, of the only other worker that the roots of a pass reach.
+
+    Returns
+    -------
+    is_done : bool
+        This worker has sent nothing else, and reaches nobody but who asks: so it has done its share.
+    answer : list
+        The gradients of the asking worker's tensors; else what ``explore`` returns.
+    """
+    contexts = current_contexts()
+    share = contexts.share(context_id, key, keep)
+    found = share.explore(links)
+    if not share.knows_all() or any(rank != key[0] for rank, _ in found):
+        share.put(gradients)
+        return False, found
+    share.held_back = {}
+    share.take(gradients)
+    contexts.retrieve(context_id).shares.pop(key, None)
+    if share.error is not None:
+        raise share.error
+    return True, share.held_back.get(key[0], [])
+
+
+@register
 def take_part(context_id: int, key: tuple[int, int], gradients: Gradients) -> Future:
     """Take the first gradients, which came with this call; the answer comes when the share in the pass is done."""
     contexts = current_contexts()
     share = contexts.share(context_id, key)
-    if gradients:
-        share.take(gradients)
+    share.take(gradients)
     share.outcome.add_done_callback(functools.partial(_forget, context_id, key))
     return share.outcome
 

@@ -23,7 +23,7 @@ from fastref.rref import current_wiring
 if TYPE_CHECKING:
     from fastref.autograd.contexts import Contexts
 
-__all__ = ["Gradients", "Share"]
+__all__ = ["ROOTS", "Gradients", "Share"]
 
 Gradients = list[tuple[int, list[torch.Tensor | None]]]
 """Numbers of links, and what comes back over each: a gradient for each of its tensors."""
@@ -56,6 +56,7 @@ class Share:
         self._mail: deque[tuple[int, list[Any]]] = deque()
         self._turn = threading.Lock()  # of who runs; never waited for
         self._unconfirmed: set[object] = set()  # one for each message whose receiver has not said that it has it
+        self.is_open = False  # who runs the pass runs his roots before he knows what else comes to him
         self._delivered = False
         self._open: list[None] = [None]  # taken by whoever settles the outcome
 
@@ -80,7 +81,26 @@ class Share:
                 found += [(node.rank, node.link) for node in self._graph.enter(link, edges)]
         return found
 
+    def is_apart(self) -> bool:
+        """Tell whether no part of the graph that has been reached leads where what was sent from here leads, too."""
+        return self._graph.is_apart_from(
+            node for sent in list(self._context.sends.values()) for node, _ in sent.next_functions
+        )
+
+    def knows_all(self) -> bool:
+        """Tell whether gradients come for everything that was sent from here."""
+        return self._graph.entries == len(self._context.sends)
+
+    def close(self) -> None:
+        """All entries are known, and nobody else runs: it is done when all gradients have come, and all that go arrived."""
+        self.is_open, self._delivered = False, self._graph.is_complete
+        self._look_for_end()
+
     # ---- gradients
+
+    def put(self, gradients: Gradients) -> None:
+        """Gradients have come; they are taken with the next ones."""
+        self._mail.extend(gradients)
 
     def take(self, gradients: Gradients) -> None:
         """Gradients have come: run what they make possible."""
@@ -94,10 +114,6 @@ class Share:
                     raise
             finally:
                 self._turn.release()
-
-    def begin_with(self, gradients: list[torch.Tensor | None]) -> None:
-        """As ``take``, with the gradients of the roots."""
-        self.take([(ROOTS, gradients)])
 
     def _run(self) -> None:
         graph = self._graph
@@ -117,9 +133,8 @@ class Share:
             else:
                 self._context.accumulate(node, found)
         self._send(leaving)
-        if graph.is_complete:
-            self._delivered = True
-            self._look_for_end()
+        self._delivered = graph.is_complete
+        self._look_for_end()
 
     def _send(self, leaving: dict[int, Gradients]) -> None:
         own = leaving.pop(self._contexts.rank, None)
@@ -146,7 +161,7 @@ class Share:
     # ---- the end
 
     def _look_for_end(self) -> None:
-        if self._delivered and not self._unconfirmed:
+        if self._delivered and not self.is_open and not self._unconfirmed:
             self._settle(None)
 
     def fail(self, error: BaseException) -> None:

@@ -100,9 +100,7 @@ def loads(
     value = unpickler.load()
     for number in range(len(unpickler.linked)):
         if linked is None or number not in unpickler.linked:
-            raise ProtocolError(
-                f"a pickle with {len(unpickler.linked)} linked tensors in it: number {number} is missing, or it came without a context"
-            )
+            raise ProtocolError(f"a pickle in which linked tensor {number} is missing, or that came without a context")
         linked.append(unpickler.linked[number])
     return value
 

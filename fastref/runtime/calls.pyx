@@ -89,6 +89,11 @@ cdef class Pending:
             fr_futex_wake(&self.settled, INT_MAX)
         return 0
 
+    def give_up(self, error) -> None:
+        """Settle it with an error, unless an answer has come; one that comes later is nobody's."""
+        if self.caller.pending.pop(self.call, None) is not None:
+            self.settle(None, error)
+
     def wait(self) -> None:
         """Wait until the outcome is there. Signals are handled meanwhile."""
         cdef int64_t slice_ns = self.caller.slice_ns, left
