@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.contexts import Contexts, current_contexts
 from fastref.autograd.passes import backward
+from fastref.autograd.record import DistAutogradContext
 from fastref.autograd.references import backward_of
 from fastref.errors import UsageError
 from fastref.runtime.post import thread_context

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.links import receive_node, send_node
+from fastref.autograd.record import DistAutogradContext
 from fastref.autograd.share import Share
 from fastref.errors import BackwardError, UsageError
 from fastref.futures import Future
-from fastref.rref import HOW_ASYNC, current_wiring
+from fastref.rref import HOW_ASYNC, HOW_SYNC, current_wiring
 from fastref.runtime.post import set_thread_context, thread_context
 from fastref.wire.kinds import Kind
 
@@ -184,6 +184,18 @@ class Contexts:
             return future
         finally:
             set_thread_context(before)
+
+    def ask(self, rank: int, function: Any, args: tuple, timeout: float) -> Any:
+        """As ``call``, and return the answer; ``interrupt`` ends it early."""
+        before = set_thread_context(0)
+        try:
+            return self._runtime.rpc_unprofiled(HOW_SYNC, rank, function, args, None, timeout)
+        finally:
+            set_thread_context(before)
+
+    def interrupt(self, thread: int, error: BaseException, is_meant: Callable[[], bool]) -> None:
+        """End what a thread asks, while ``is_meant()``."""
+        self._runtime.interrupt(thread, error, is_meant)
 
     def wait_aside(self, lock: Any, timeout_s: float) -> bool:
         """Acquire a lock that another thread releases; False when it does not in time. Negative: wait for ever."""

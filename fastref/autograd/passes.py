@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.autograd.profiler import record_function
 
-from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.contexts import Contexts, current_contexts
+from fastref.autograd.record import DistAutogradContext
 from fastref.autograd.share import ROOTS, Gradients
 from fastref.codec.registry import register
 from fastref.errors import BackwardError, CallTimeout, PeerError, RemoteError, UsageError
@@ -122,6 +123,7 @@ class _Pass:
         self._others: list[int] = []
         self._found: set[tuple[int, int]] = set()  # (rank, link) of all that is used
         self._pending: list[Future] = []
+        self._asking = 0  # the thread that asks the only other worker, while it does
 
     def run(self, edges: list[tuple[Any, int]], ones: list[torch.Tensor], all_used: bool) -> None:
         share = self._share
@@ -131,7 +133,7 @@ class _Pass:
                 share.explore(None)
             found = share.begin(edges)
             share.held_back = {}
-            gradients = [(ROOTS, list(ones))]
+            gradients: Gradients = [(ROOTS, list(ones))]
             ones.clear()
             if not all_used and self._is_of_one_other(found):
                 found, gradients = self._ask_the_other(found, gradients)
@@ -182,8 +184,16 @@ class _Pass:
         assert share.held_back is not None
         first = share.held_back.pop(rank, [])
         self._others.append(rank)
-        future = self._call(rank, explore_and_run, self._keep, [link for _, link in found], first)
-        is_done, answer = future.wait()
+        if share.error is not None:
+            raise share.error
+        arguments = (self._id, self.key, self._keep, [link for _, link in found], first)
+        self._asking = threading.get_ident()
+        try:
+            if share.error is not None:  # since
+                raise share.error
+            is_done, answer = self._contexts.ask(rank, explore_and_run, arguments, self._left_s())
+        finally:
+            self._asking = 0
         if not is_done:
             return answer, []
         self._others.remove(rank)
@@ -236,6 +246,8 @@ class _Pass:
         try:
             future.value()
         except Exception as error:
+            if self._asking:
+                self._contexts.interrupt(self._asking, error, lambda: bool(self._asking))
             for other in list(self._pending):
                 other._pending.give_up(error)
             self._share.fail(error)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastref.autograd.context import DistAutogradContext
 from fastref.autograd.graph import LocalGraph
 from fastref.autograd.links import Received
+from fastref.autograd.record import DistAutogradContext
 from fastref.codec.registry import register
 from fastref.errors import BackwardError, FastrefError
 from fastref.futures import Future
@@ -92,7 +92,7 @@ class Share:
         return self._graph.entries == len(self._context.sends)
 
     def close(self) -> None:
-        """All entries are known, and nobody else runs: it is done when all gradients have come, and all that go arrived."""
+        """All entries are known, and nobody else runs: it is done when all gradients have come and gone."""
         self.is_open, self._delivered = False, self._graph.is_complete
         self._look_for_end()
 

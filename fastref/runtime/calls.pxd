@@ -38,6 +38,7 @@ cdef class Caller(Publisher):
     cdef dict pending                   # call -> Pending
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting
+    cdef readonly dict interruptions    # thread -> what the call that it waits for raises
     cdef public object collector        # called with each new future while somebody collects them; None
     cdef public int64_t next_expiry_ns  # no pending call ends before
 
@@ -45,6 +46,7 @@ cdef class Caller(Publisher):
                      dict kwargs) except -1
     cdef int _write_call(self, Peer peer, fr_frame* head, Encoder body, object func, RRef target, str method, tuple args,
                          dict kwargs) except -1
+    cdef int _check_interruption(self) except -1
     cdef object _give_number(self, Peer peer, object func, object introduction, dict names, tuple parts)
     cdef uint32_t number_of(self, Peer peer, object func) except? 0xFFFFFFFF
     cdef object call(self, Peer peer, object func, RRef target, str method, tuple args, dict kwargs, double timeout_s)

@@ -21,6 +21,7 @@ from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_CONTEXT, FLAG_ERROR, FLAG_LOCA
                                  PYTHON_CALL, fr_block, fr_frame)
 
 import operator
+from threading import get_ident
 from sys import modules as _modules
 from types import BuiltinFunctionType, FunctionType
 from typing import SupportsIndex
@@ -120,6 +121,8 @@ cdef class Pending:
                     fr_add32(&self.sleepers, <uint32_t>-1)
                 PyErr_CheckSignals()
                 self.caller.check()
+                if self.caller.interruptions:
+                    self.caller._check_interruption()
                 if self.caller.closed:
                     self.settle(None, NotInitialized("the runtime was shut down before the answer came"))
         finally:
@@ -132,6 +135,7 @@ cdef class Caller(Publisher):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.pending, self.arrived = {}, {}
+        self.interruptions = {}
         self.next_expiry_ns = NEVER
 
     cdef void blocked(self, bint yes) noexcept:
@@ -225,6 +229,23 @@ cdef class Caller(Publisher):
         peer.numbers[func] = (number, names, parts)
         return number
 
+    def interrupt(self, thread: int, error, is_meant) -> None:
+        """Have the call that a thread waits for raise an error; its answer is nobody's then.
+
+        At once if the answer is to come into a slot, else within 100 ms. ``is_meant()``, asked by that thread, says
+        whether it still waits for the call that is meant.
+        """
+        self.interruptions[thread] = (error, is_meant)
+        self.slots.wake_waiting()
+
+    cdef int _check_interruption(self) except -1:
+        found = self.interruptions.pop(get_ident(), None)
+        if found is not None:
+            error, is_meant = found
+            if is_meant():
+                raise error
+        return 0
+
     def wait_aside(self, lock, timeout_s: float) -> bool:
         """Acquire a lock that another thread releases; a serving thread that waits so counts as idle. -1: for ever."""
         self.blocked(True)
@@ -311,6 +332,8 @@ cdef class Caller(Publisher):
                     return 0
                 PyErr_CheckSignals()
                 self.check()
+                if self.interruptions:
+                    self._check_interruption()
                 if status == WAIT_INTERRUPTED:
                     if not deadline_ns or fr_now_ns() < deadline_ns:
                         continue

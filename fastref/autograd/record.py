@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastref.autograd.torch_names import hooks_of
-from fastref.codec.publishable import publishability
 
 if TYPE_CHECKING:
     from fastref.autograd.share import Share
@@ -76,7 +75,7 @@ class DistAutogradContext:
         with self._adding, torch.no_grad():
             known = self.gradients.get(leaf)
             if known is None:
-                self.gradients[leaf] = _own(found)
+                self.gradients[leaf] = _own(leaf, found)
             elif known.layout is not torch.strided and found[0].layout is torch.strided:
                 self.gradients[leaf] = found[0] + known
             else:
@@ -91,13 +90,20 @@ def _before(hooks: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
     return gradient
 
 
-def _own(found: list[torch.Tensor]) -> torch.Tensor:
-    """Return the one gradient in a list itself if nobody else can reach it and it is dense in memory, else a copy."""
-    if found[0].layout is torch.strided:
-        fits = found[0].is_contiguous() and publishability(found) == "unreachable"
-        return found[0] if fits else found[0].clone(memory_format=torch.contiguous_format)
-    # As torch does, who holds a view of what is in a sparse one may see later sums.
-    fits = found[0].layout is torch.sparse_coo and found[0]._values().is_contiguous()
-    if fits and sys.getrefcount(found[0]) == 2 and found[0]._use_count() == 1:  # type: ignore[attr-defined]
-        return found[0]
-    return found[0].clone()
+def _own(leaf: torch.Tensor, found: list[Any]) -> torch.Tensor:
+    """Return the one gradient in a list itself if no other tensor or variable is it and it lies as its leaf does.
+
+    Source: ``AccumulateGrad`` of torch. As there, who holds a view of it may see later sums.
+    """
+    wanted = None  # where a copy goes, if it is to lie otherwise
+    if found[0].layout is not torch.strided:
+        fits = found[0].layout is torch.sparse_coo and found[0]._values().is_contiguous()
+    elif leaf.layout is not torch.strided or leaf.is_contiguous():
+        fits = found[0].is_contiguous()
+        wanted = None if fits else torch.empty(found[0].shape, dtype=found[0].dtype, device=found[0].device)
+    else:
+        wanted = torch.empty_like(leaf, dtype=found[0].dtype, requires_grad=False)
+        fits = found[0].stride() == wanted.stride()
+    if fits and sys.getrefcount(found[0]) == 2 and found[0]._use_count() == 1:
+        return found[0].detach()
+    return found[0].clone() if wanted is None else wanted.copy_(found[0])
