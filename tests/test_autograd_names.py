@@ -14,7 +14,7 @@ from fastref.autograd.links import Received, receive_node, send_node
 
 @pytest.mark.parametrize("name", torch_names.PRIVATE)
 def test_this_torch_has(name: str) -> None:
-    assert operator.attrgetter(name.removeprefix("torch."))(torch) is not None
+    operator.attrgetter(name.removeprefix("torch."))(torch)
 
 
 def test_the_graph_ends_in_nodes_that_know_their_leaf_and_take_hooks() -> None:

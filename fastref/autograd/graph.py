@@ -18,7 +18,7 @@ from typing import Any
 from torch.autograd.graph import GradientEdge
 
 from fastref.autograd.links import Received
-from fastref.autograd.torch_names import AccumulateGrad, run_engine, run_node
+from fastref.autograd.torch_names import AccumulateGrad, has_tensor_hooks, run_engine, run_node
 from fastref.errors import UsageError
 
 __all__ = ["LocalGraph"]
@@ -187,7 +187,7 @@ class LocalGraph:
         }  # fmt: skip
         for number in now:
             ran[number] = True
-        if all(type(nodes[end]) is AccumulateGrad and not nodes[end].variable._backward_hooks for end in partial):
+        if all(type(nodes[end]) is AccumulateGrad and not has_tensor_hooks(nodes[end]) for end in partial):
             return self._run_by_engine(now, ready, sorted(partial))
         for number in now:
             self._step(number)

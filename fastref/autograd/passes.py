@@ -16,6 +16,7 @@ from torch.autograd.profiler import record_function
 from fastref.autograd.contexts import Contexts, current_contexts
 from fastref.autograd.record import DistAutogradContext
 from fastref.autograd.share import ROOTS, Gradients
+from fastref.autograd.torch_names import is_profiled
 from fastref.codec.registry import register
 from fastref.errors import BackwardError, CallTimeout, PeerError, RemoteError, UsageError
 from fastref.futures import Future
@@ -102,7 +103,7 @@ def _one(root: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
-    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+    if is_profiled():
         with record_function("torch::distributed::autograd::backward"):
             yield
     else:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastref.autograd.torch_names import hooks_of
+from fastref.autograd.torch_names import hooks_of, is_held_once
 
 if TYPE_CHECKING:
     from fastref.autograd.share import Share
@@ -104,6 +103,8 @@ def _own(leaf: torch.Tensor, found: list[Any]) -> torch.Tensor:
     else:
         wanted = torch.empty_like(leaf, dtype=found[0].dtype, requires_grad=False)
         fits = found[0].stride() == wanted.stride()
-    if fits and sys.getrefcount(found[0]) == 2 and found[0]._use_count() == 1:
-        return found[0].detach()
-    return found[0].clone() if wanted is None else wanted.copy_(found[0])
+    if fits and is_held_once(found):
+        own: torch.Tensor = found[0].detach()
+        return own
+    copy: torch.Tensor = found[0].clone() if wanted is None else wanted.copy_(found[0])
+    return copy

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ["PRIVATE", "AccumulateGrad", "backward_class", "hooks_of", "run_engine", "run_node"]
+__all__ = [
+    "PRIVATE",
+    "AccumulateGrad",
+    "backward_class",
+    "has_tensor_hooks",
+    "hooks_of",
+    "is_held_once",
+    "is_profiled",
+    "run_engine",
+    "run_node",
+]
 
 PRIVATE = (
     "torch.autograd.Variable._execution_engine.run_backward",
     "torch.autograd.Function._backward_cls",
+    "torch.autograd._profiler_enabled",
+    "torch.Tensor._backward_hooks",
+    "torch.Tensor._use_count",
 )
-"""What a test looks for, beside nodes with ``metadata``, ``_input_metadata`` and hooks in a dict, and leaves with
-``_backward_hooks``.
-"""
+"""What a test looks for, beside nodes with ``metadata``, ``_input_metadata`` and hooks in dicts that handles know."""
 
-_engine: Any = torch.autograd.Variable._execution_engine
+_autograd: Any = torch.autograd  # whose stubs say nothing of what it takes from C++
+_engine = _autograd.Variable._execution_engine
 
 AccumulateGrad: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 """The class of the nodes at which the graph of a worker ends in its leaf tensors."""
@@ -79,6 +92,22 @@ def hooks_of(node: Any) -> tuple[Any, Any]:
         behind.remove()
     found: tuple[Any, Any] = known
     return found
+
+
+def has_tensor_hooks(node: Any) -> bool:
+    """Tell whether hooks of a leaf tensor run before its ``AccumulateGrad`` does."""
+    return bool(node.variable._backward_hooks)
+
+
+def is_held_once(found: list[Any]) -> bool:
+    """Tell whether the tensor in a list is held by that list and by nothing else, in Python or below."""
+    return sys.getrefcount(found[0]) == 2 and found[0]._use_count() == 1
+
+
+def is_profiled() -> bool:
+    """Tell whether a profiler of torch is on in the calling thread."""
+    enabled: bool = _autograd._profiler_enabled()
+    return enabled
 
 
 def _nothing(*_: Any) -> None:

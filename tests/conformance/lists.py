@@ -55,6 +55,10 @@ MISSING: dict[str, str] = {}
 
 # One of each kind: about half a minute.
 QUICK: list[str] = [
+    "DistAutogradTest.test_backward_rref_nested",
+    "DistAutogradTest.test_graph_for_py_nested_call_itself",
+    "FaultyAgentDistAutogradTest.test_context_cleanup_tensor_with_grad",
+    "TensorPipeAgentDistAutogradTest.test_embedding_bag_with_no_grad_tensors",
     "FaultyAgentRpcTest.test_builtin_remote_message_dropped_timeout",
     "FaultyAgentRpcTest.test_rref_to_here_timeout",
     "RpcTest.test_all_gather",
