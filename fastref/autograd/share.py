@@ -5,16 +5,19 @@ Whoever brings gradients runs what they make possible, unless another thread is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.profiler import record_function
 
 from fastref.autograd.graph import LocalGraph
 from fastref.autograd.links import Received
 from fastref.autograd.record import DistAutogradContext
+from fastref.autograd.torch_names import is_profiled
 from fastref.codec.registry import register
 from fastref.errors import BackwardError, FastrefError
 from fastref.futures import Future
@@ -28,6 +31,7 @@ __all__ = ["ROOTS", "Gradients", "Share"]
 Gradients = list[tuple[int, list[torch.Tensor | None]]]
 """Numbers of links, and what comes back over each: a gradient for each of its tensors."""
 
+_not_shown = contextlib.nullcontext
 ROOTS = 0  # the entry of the pass itself; links begin at 1
 
 
@@ -117,9 +121,14 @@ class Share:
 
     def _run(self) -> None:
         graph = self._graph
+        shown = record_function if is_profiled() else _not_shown
         while self._mail:
             link, gradients = self._mail.popleft()
-            graph.arrive(link, gradients)
+            if link == ROOTS:
+                graph.arrive(link, gradients)
+            else:
+                with shown(self._context.sends[link].name()):
+                    graph.arrive(link, gradients)
             del gradients
         ends = graph.run()
         ends.reverse()
@@ -129,7 +138,8 @@ class Share:
             if self.error is not None:
                 return
             if type(node) is Received:
-                leaving.setdefault(node.rank, []).append((node.link, found))
+                with shown(node.name()):
+                    leaving.setdefault(node.rank, []).append((node.link, found))
             else:
                 self._context.accumulate(node, found)
         self._send(leaving)

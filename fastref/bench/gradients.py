@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 import torch
-from torch.multiprocessing import spawn
 
 __all__ = ["main", "run"]
 
@@ -106,7 +105,13 @@ def main() -> None:
         for backend in ("torch", "fastref") * 3:
             results = context.SimpleQueue()
             port = random.randint(20_000, 50_000)
-            spawn.start_processes(run, args=(backend, size, port, results), nprocs=2)
+            workers = [context.Process(target=run, args=(rank, backend, size, port, results)) for rank in range(2)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+                if worker.exitcode:
+                    raise SystemExit(f"a worker of {backend} has failed")
             left.setdefault(backend, []).append(results.get())
         for backend, found in left.items():
             apart, alone = (statistics.median(column) for column in zip(*found, strict=True))

@@ -13,10 +13,6 @@ NOT_APPLICABLE: dict[str, str] = {
     "DistAutogradTest.test_backward_unused_send_function": (
         "line 1652 wants a backward pass to wait for ever for the gradient of a tensor that was sent and not used"
     ),
-    "DistAutogradTest.test_dist_autograd_profiling": (
-        "line 1446 wants an event of the node that sent, in the profile of the thread that runs the pass; here"
-        " gradients that come back are taken by the thread that reads them"
-    ),
     "DistAutogradTest.test_no_grad_copy": (
         "line 2337 wants both of two leaf tensors that get one gradient to have a copy; here the second keeps it"
     ),
