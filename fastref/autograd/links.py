@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastref.autograd.torch_names import backward_class
+from fastref.autograd.torch_names import applier, backward_class
 from fastref.errors import UsageError
 
 __all__ = ["Received", "receive_node", "send_node"]
@@ -35,8 +35,8 @@ def _function(name: str, forward: Any) -> Any:
     return type(f"torch::distributed::autograd::{name}", (torch.autograd.Function,), namespace)
 
 
-_Send = _function("SendRpc", _send)
 _Receive = _function("RecvRpc", _receive)
+_apply_send, _apply_receive = applier(_function("SendRpc", _send)), applier(_Receive)
 
 Received = backward_class(_Receive)
 """The class of receive nodes. A node has ``context_id``, ``rank``, ``link`` and ``count``, how many tensors came."""
@@ -46,15 +46,19 @@ _anchor = torch.zeros((), requires_grad=True)  # without an input that wants gra
 
 def send_node(tensors: Sequence[torch.Tensor]) -> Any:
     """Return a node whose ``next_functions`` are where the gradients of ``tensors`` go on, in this order."""
+    if torch.is_grad_enabled():
+        return _apply_send(*tensors).grad_fn
     with torch.enable_grad():
-        node = _Send.apply(*tensors).grad_fn
-    return node
+        return _apply_send(*tensors).grad_fn
 
 
 def receive_node(context_id: int, rank: int, link: int, tensors: Sequence[torch.Tensor]) -> Any:
     """Make tensors that came from a worker outputs of one node, in place, and return it."""
-    with torch.enable_grad():
-        _Receive.apply(_anchor, *tensors)
+    if torch.is_grad_enabled():
+        _apply_receive(_anchor, *tensors)
+    else:
+        with torch.enable_grad():
+            _apply_receive(_anchor, *tensors)
     node: Any = tensors[0].grad_fn
     node.context_id, node.rank, node.link, node.count = context_id, rank, link, len(tensors)
     return node

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,13 @@ def backward(
     edges = [_edge_of(root) for root in roots]
     if not edges:
         raise UsageError("No tensors provided for gradient computation.")
-    with _shown():
-        one_pass = _Pass(contexts, context, bool(retain_graph), timeout)
-        one_pass.run(edges, [_one(root) for root in roots], all_sent_is_used)
+    one_pass = _Pass(contexts, context, bool(retain_graph), timeout)
+    ones = [_one(root) for root in roots]
+    if not is_profiled():
+        one_pass.run(edges, ones, all_sent_is_used)
+        return
+    with record_function("torch::distributed::autograd::backward"):
+        one_pass.run(edges, ones, all_sent_is_used)
 
 
 def _are_arguments(context_id: Any, roots: Any) -> bool:
@@ -101,15 +105,6 @@ def _one(root: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(root, memory_format=torch.contiguous_format, requires_grad=False)
 
 
-@contextlib.contextmanager
-def _shown() -> Iterator[None]:
-    if is_profiled():
-        with record_function("torch::distributed::autograd::backward"):
-            yield
-    else:
-        yield
-
-
 class _Pass:
     """One pass, on the worker that runs it."""
 
@@ -129,7 +124,7 @@ class _Pass:
     def run(self, edges: list[tuple[Any, int]], ones: list[torch.Tensor], all_used: bool) -> None:
         share = self._share
         try:
-            share.outcome.add_done_callback(self._look)
+            share.when_failed = self._fail
             if all_used:
                 share.explore(None)
             found = share.begin(edges)
@@ -243,15 +238,19 @@ class _Pass:
             raise share.error
 
     def _look(self, future: Any) -> None:
-        """A share is over: if it has failed nobody need wait for another."""
+        """A worker has done its share, or it has failed there."""
         try:
             future.value()
         except Exception as error:
-            if self._asking:
-                self._contexts.interrupt(self._asking, error, lambda: bool(self._asking))
-            for other in list(self._pending):
-                other._pending.give_up(error)
-            self._share.fail(error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A share has failed: nobody need wait for another."""
+        if self._asking:
+            self._contexts.interrupt(self._asking, error, lambda: bool(self._asking))
+        for other in list(self._pending):
+            other._pending.give_up(error)
+        self._share.fail(error)
 
     def _give_up(self, error: BaseException) -> None:
         """End the pass on all workers."""

@@ -71,7 +71,7 @@ class DistAutogradContext:
             hook((), (found[0],))
 
     def _add(self, leaf: torch.Tensor, found: list[Any]) -> None:
-        with self._adding, torch.no_grad():
+        with self._adding:
             known = self.gradients.get(leaf)
             if known is None:
                 self.gradients[leaf] = _own(leaf, found)
@@ -86,7 +86,7 @@ def _before(hooks: Any, gradient: torch.Tensor | None) -> torch.Tensor | None:
         changed = hook((gradient,))
         if changed is not None:
             gradient = changed[0] if isinstance(changed, tuple) else changed
-    return gradient
+    return None if gradient is None else gradient.detach()
 
 
 def _own(leaf: torch.Tensor, found: list[Any]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,9 +51,10 @@ class Share:
 
     def __init__(self, contexts: Contexts, context: DistAutogradContext, key: tuple[int, int], keep: bool) -> None:
         self.key = key
-        self.outcome: Future[None] = Future()
-        self.over = threading.Lock()  # held until then
+        self.over = threading.Lock()  # held until the end
         self.over.acquire()
+        self.is_over = False
+        self.when_failed: Callable[[BaseException], None] | None = None
         self.error: BaseException | None = None
         self.held_back: dict[int, Gradients] | None = None  # by rank, instead of being sent; None: they are sent
         self._contexts, self._context = contexts, context
@@ -62,7 +64,9 @@ class Share:
         self._unconfirmed: set[object] = set()  # one for each message whose receiver has not said that it has it
         self.is_open = False  # who runs the pass runs his roots before he knows what else comes to him
         self._delivered = False
-        self._open: list[None] = [None]  # taken by whoever settles the outcome
+        self._open: list[None] = [None]  # taken by whoever ends it
+        self._outcome: Future[None] | None = None
+        self._untold: list[None] = [None]  # taken by whoever tells the outcome
 
     # ---- which part of the graph it is
 
@@ -185,16 +189,32 @@ class Share:
             return
         self.error = error
         self._mail.clear()
-        if error is None:
-            self.outcome.set_result(None)
-        else:
-            self.outcome.set_exception(error)
+        self.is_over = True  # behind the error; before who waits, or asks for the outcome, is looked for
         self.over.release()
+        if self._outcome is not None:
+            self._tell(self._outcome)
+        if error is not None and self.when_failed is not None:
+            self.when_failed(error)
 
     @property
-    def is_over(self) -> bool:
-        """Whether it has ended."""
-        return not self._open
+    def outcome(self) -> Future[None]:
+        """A future of the end; asked for by one thread."""
+        future = self._outcome
+        if future is None:
+            future = self._outcome = Future()
+            if self.is_over:  # who ended it may have looked before
+                self._tell(future)
+        return future
+
+    def _tell(self, future: Future[None]) -> None:
+        try:
+            self._untold.pop()
+        except IndexError:
+            return
+        if self.error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(self.error)
 
     def _described(self, error: BaseException) -> BaseException:
         if isinstance(error, FastrefError):
