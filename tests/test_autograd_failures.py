@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import fastref
 import fastref.autograd as autograd
 import fastref.rpc as rpc
 from fastref.errors import BackwardError, WorkerDied
+from fastref.rref import current_wiring
 from tests import autograd_work as work
+from tests import puppets
 from tests.puppets import Puppet, Troupe, troupe_fixture  # noqa: F401
 
 _contexts: list[Any] = []
@@ -163,6 +167,82 @@ def test_a_worker_that_leaves_with_a_context_open_leaves_none_behind_in_its_next
     for puppet in crew:
         assert puppet.do(work.counts) == {"num_current_backward_passes": 0, "num_autograd_contexts": 0}
         assert not puppet.do(work.has_context)
+    troupe.leave(crew)
+
+
+def keep_tensor_of_another_context(name: str) -> str:
+    """Have a worker use what came in one context in another, and run a pass through it."""
+    a = torch.ones(2, requires_grad=True)
+    with autograd.context():
+        rpc.rpc_sync(name, keep_product, (a,))
+    with autograd.context() as context_id:
+        value = rpc.rpc_sync(name, use_product, (a,))
+        try:
+            autograd.backward(context_id, [value.sum()])
+        except fastref.UsageError as error:
+            return str(error)
+        return "it did not fail"
+
+
+def keep_product(value: torch.Tensor) -> None:
+    _contexts.append(value * 2)
+
+
+def use_product(value: torch.Tensor) -> torch.Tensor:
+    return value * _contexts[-1]
+
+
+def test_what_came_in_another_context_ends_a_pass_before_anything_is_run(troupe: Troupe) -> None:
+    crew = troupe.start(2)
+    assert "is used in a backward pass of context" in crew[0].do(keep_tensor_of_another_context, "w1")
+    check_nothing_is_left(crew)
+    troupe.leave(crew)
+
+
+def run_passes_until_one_fails() -> tuple[type, str]:
+    """Run passes of many branches, one after the other."""
+    while True:
+        try:
+            with autograd.context() as context_id:
+                a = torch.ones(2, requires_grad=True)
+                value = a * 1
+                for name in ("w1", "w2", "w3", "w2"):
+                    value = rpc.rpc_sync(name, work.through, ("w1", work.mul, value, value)) + value
+                autograd.backward(context_id, [value.sum()])
+        except Exception as error:
+            return type(error), str(error)
+
+
+@pytest.mark.parametrize("delay_s", [0.005, 0.02, 0.05, 0.1])
+def test_a_death_at_any_moment_ends_the_pass_and_leaves_nothing_behind(troupe: Troupe, delay_s: float) -> None:
+    crew = troupe.start(4)
+    crew[0].order(run_passes_until_one_fails)
+    time.sleep(delay_s)
+    crew[2].kill()
+    kind, text = crew[0].outcome()
+    assert issubclass(kind, WorkerDied), text
+    assert "worker 'w2' (rank 2, pid " in text
+    check_nothing_is_left([crew[0], crew[1], crew[3]])
+
+
+def interrupted_call(is_meant: bool) -> float | str:
+    """Interrupt a synchronous call of this thread from another one."""
+    wiring, thread = current_wiring(), threading.get_ident()
+    timer = threading.Timer(0.1, wiring.interrupt, (thread, BackwardError("enough"), lambda: is_meant))
+    timer.start()
+    try:
+        value: float = rpc.rpc_sync("w1", puppets.sleep, (0.5,))
+    except BackwardError as error:
+        return str(error)
+    finally:
+        timer.join()
+    return value
+
+
+def test_a_synchronous_call_is_interrupted_only_while_it_is_the_one_that_is_meant(troupe: Troupe) -> None:
+    crew = troupe.start(2)
+    assert crew[0].do(interrupted_call, True) == "enough"
+    assert crew[0].do(interrupted_call, False) == 0.5
     troupe.leave(crew)
 
 
