@@ -125,7 +125,7 @@ class IdentityError(PeerError):
 class BackwardError(FastrefError):
     """A distributed backward pass has ended without gradients: a function in it raised, or its context was let go of.
 
-    ``__cause__`` is the original on the worker where it was raised.
+    What was raised is in a note of it, with its traceback.
     """
 
 

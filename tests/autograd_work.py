@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -164,6 +165,43 @@ class Broken(torch.autograd.Function):
 
 def broken(value: torch.Tensor) -> torch.Tensor:
     return Broken.apply(value)
+
+
+class Marker:
+    """Dies with the graph that it is part of."""
+
+
+_markers: list[weakref.ref[Marker]] = []
+
+
+class Marked(torch.autograd.Function):
+    """A node that holds a marker."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        ctx.marker = Marker()
+        ctx.save_for_backward(value)
+        _markers.append(weakref.ref(ctx.marker))
+        return value * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient * 2
+
+
+def marked(value: torch.Tensor) -> torch.Tensor:
+    return Marked.apply(value)
+
+
+def wait_until_graphs_are_gone(patience_s: float = 20.0) -> int:
+    """Wait until no marker lives; return how many there were."""
+    deadline = time.monotonic() + patience_s
+    while any(marker() is not None for marker in _markers):
+        assert time.monotonic() < deadline, sum(marker() is not None for marker in _markers)
+        time.sleep(0.002)
+    count = len(_markers)
+    _markers.clear()
+    return count
 
 
 reached = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -377,6 +378,29 @@ def test_many_threads_and_workers_run_passes_at_once() -> None:
     work.wait_everywhere("w1", "w2", "w3")
     for name in ("w0", "w1", "w2", "w3"):
         rpc.rpc_sync(name, work.forget)
+
+
+@in_job
+@pytest.mark.parametrize("passes", ["no pass", "one", "several", "one that fails"])
+def test_graphs_are_gone_on_all_workers_without_a_collector_when_their_context_is(passes: str) -> None:
+    gc.disable()
+    try:
+        a = leaf(1, 2)
+        with autograd.context() as context_id:
+            value = rpc.rpc_sync("w1", work.through, ("w2", work.marked, a * 2))
+            value = rpc.rpc_sync("w1", work.marked, (work.marked(value),))
+            if passes == "one that fails":
+                with pytest.raises(BackwardError):
+                    autograd.backward(context_id, [rpc.rpc_sync("w2", work.broken, (value,)).sum()])
+            elif passes != "no pass":
+                autograd.backward(context_id, [value.sum()], retain_graph=passes == "several")
+            if passes == "several":
+                autograd.backward(context_id, [value.sum()])
+            del value
+        counts = [rpc.rpc_sync(name, work.wait_until_graphs_are_gone) for name in ("w0", "w1", "w2")]
+        assert counts == [1, 1, 1]
+    finally:
+        gc.enable()
 
 
 # ---- contexts

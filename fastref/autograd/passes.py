@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 import time
@@ -122,7 +123,7 @@ class _Pass:
         self._asking = 0  # the thread that asks the only other worker, while it does
 
     def run(self, edges: list[tuple[Any, int]], ones: list[torch.Tensor], all_used: bool) -> None:
-        share = self._share
+        share, origin = self._share, None
         try:
             share.when_failed = self._fail
             if all_used:
@@ -142,10 +143,17 @@ class _Pass:
             self._give_up(error)
             origin = _of_origin(error)
             if origin is error:
+                del origin  # it remembers this frame
                 raise
-            raise origin from error
         finally:
             self._context.shares.pop(self.key, None)
+            share.when_failed = None
+            self._pending.clear()
+        if origin is not None:  # out here, so that it does not refer to what it is the cause of
+            try:
+                raise origin
+            finally:
+                del origin
 
     def _call(self, rank: int, function: Any, *arguments: Any) -> Future:
         future = self._contexts.call(rank, function, (self._id, self.key, *arguments), self._left_s())
@@ -180,13 +188,11 @@ class _Pass:
         assert share.held_back is not None
         first = share.held_back.pop(rank, [])
         self._others.append(rank)
-        if share.error is not None:
-            raise share.error
+        share.check()
         arguments = (self._id, self.key, self._keep, [link for _, link in found], first)
         self._asking = threading.get_ident()
         try:
-            if share.error is not None:  # since
-                raise share.error
+            share.check()  # once more: from here on it is interrupted when it fails
             is_done, answer = self._contexts.ask(rank, explore_and_run, arguments, self._left_s())
         finally:
             self._asking = 0
@@ -234,20 +240,19 @@ class _Pass:
                 f"RPCErr:1:RPC ran for more than set timeout ({self._timeout_s * 1000:.0f} ms) and will now be marked"
                 f" with an error: a backward pass in autograd context {self._id}"
             )
-        if share.error is not None:
-            raise share.error
+        share.check()
 
     def _look(self, future: Any) -> None:
         """A worker has done its share, or it has failed there."""
         try:
             future.value()
         except Exception as error:
-            self._fail(error)
+            self._fail(error.with_traceback(None))  # which holds this frame
 
     def _fail(self, error: BaseException) -> None:
         """A share has failed: nobody need wait for another."""
         if self._asking:
-            self._contexts.interrupt(self._asking, error, lambda: bool(self._asking))
+            self._contexts.interrupt(self._asking, copy.copy(error), lambda: bool(self._asking))
         for other in list(self._pending):
             other._pending.give_up(error)
         self._share.fail(error)
@@ -255,16 +260,21 @@ class _Pass:
     def _give_up(self, error: BaseException) -> None:
         """End the pass on all workers."""
         others, self._others = self._others, []
-        self._share.fail(error)
+        self._share.fail(BackwardError(f"a backward pass has been given up: {error}"))  # a new one, without frames
         for rank in others:
             with contextlib.suppress(PeerError):  # it has ended with its worker
                 self._contexts.call(rank, give_up, (self._id, self.key, str(error)))
 
 
 def _of_origin(error: BaseException) -> BaseException:
-    """Return what ended a pass, without the way on which it came here."""
+    """Return what ended a pass, without the way on which it came here but for a note of it."""
     cause = error.__cause__
-    return cause if isinstance(error, RemoteError) and isinstance(cause, BackwardError | PeerError) else error
+    if not isinstance(error, RemoteError) or not isinstance(cause, BackwardError | PeerError):
+        return error
+    cause = copy.copy(cause)  # a future keeps the other one, and must not come to hold who raises it
+    if not getattr(cause, "__notes__", None):
+        cause.add_note(error.remote_traceback)
+    return cause
 
 
 # ---- on the other workers
@@ -309,8 +319,7 @@ def explore_and_run(
     share.held_back = {}
     share.take(gradients)
     contexts.retrieve(context_id).shares.pop(key, None)
-    if share.error is not None:
-        raise share.error
+    share.check()
     return True, share.held_back.get(key[0], [])
 
 

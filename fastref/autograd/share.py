@@ -6,8 +6,10 @@ Whoever brings gradients runs what they make possible, unless another thread is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -168,7 +170,7 @@ class Share:
         try:
             future.value()
         except Exception as error:
-            self.fail(error)
+            self.fail(error.with_traceback(None))  # which holds this frame
         self._unconfirmed.discard(token)
         self._look_for_end()
 
@@ -193,8 +195,19 @@ class Share:
         self.over.release()
         if self._outcome is not None:
             self._tell(self._outcome)
-        if error is not None and self.when_failed is not None:
-            self.when_failed(error)
+        told, self.when_failed = self.when_failed, None
+        if error is not None and told is not None:
+            told(error)
+
+    def check(self) -> None:
+        """Raise what it has failed with, fresh: the one that is kept must not remember who raises it."""
+        if self.error is None:
+            return
+        fresh = copy.copy(self.error)
+        try:
+            raise fresh
+        finally:
+            del fresh  # it remembers this frame
 
     @property
     def outcome(self) -> Future[None]:
@@ -218,9 +231,10 @@ class Share:
 
     def _described(self, error: BaseException) -> BaseException:
         if isinstance(error, FastrefError):
-            return error
+            return error.with_traceback(None)
         found = BackwardError(f"Error on Node {self._contexts.rank}: {error}")
-        found.__cause__ = error
+        # As text: the frames of the traceback hold the share, and the graph, as long as somebody has the error.
+        found.add_note("".join(traceback.format_exception(error)))
         return found
 
 
