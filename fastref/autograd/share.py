@@ -80,7 +80,7 @@ class Share:
         """Gradients will come over links, over all that there are by None; return (rank, link) of what they reach."""
         sends = self._context.sends
         found: list[tuple[int, int]] = []
-        for link in sends if links is None else links:
+        for link in list(sends) if links is None else links:
             if not self._graph.has(link):
                 if link not in sends:
                     raise BackwardError(
