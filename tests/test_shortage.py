@@ -16,6 +16,8 @@ import pytest
 import fastref.rpc as rpc
 from fastref.errors import ResourceError
 from fastref.rref import current_wiring
+from fastref.runtime.memory import OwnMemory
+from fastref.segments import InstanceLock, run_root
 from tests import work
 from tests.jobs import Job
 from tests.stopping import stopped
@@ -146,3 +148,24 @@ def use_up_credits_and_share() -> None:
 
 def open_ahead() -> int:
     return len(current_wiring().credit_of)
+
+
+@pytest.mark.parametrize("capacity", [4096 * 2, 4096 * 3])
+def test_a_table_that_two_threads_make_room_in_at_once_grows(
+    no_leaks: None, monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
+    lock = InstanceLock(run_root())
+    memory = OwnMemory(lock, rpc.RpcBackendOptions(table_capacity=capacity))
+    allocate = os.posix_fallocate
+
+    def while_another_does_so_too(*arguments: int) -> None:
+        monkeypatch.undo()
+        assert memory.extend_table() == 4096 * 2
+        allocate(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", while_another_does_so_too)
+    assert memory.extend_table() == 4096 * 2
+    assert memory.extend_table() == capacity
+    assert memory.extend_table() == capacity
+    memory.close()
+    lock.release()

@@ -107,24 +107,27 @@ class OwnMemory:
         return memoryview(self.control)[SLOTS_OFFSET:CONTROL_BYTES]
 
     def extend_table(self) -> int:
-        """Make sure of the memory of more entries; returns how many are usable now.
+        """Make sure of the memory of more entries; returns how many are usable now. Several threads may be at it at once.
 
         Raises
         ------
         ResourceError
             When the table is full or the system has no memory.
         """
-        wanted = min(self.usable + TABLE_STEP, self.capacity)
+        usable = self.usable  # read once: another thread may change it while this one is in the system
+        wanted = min(usable + TABLE_STEP, self.capacity)
+        if usable == wanted:
+            return usable
         # The hint and the dirty bits of all entries are small; the rest grows with the table.
         hold_bytes, descriptor_bytes = table_sizes(self.capacity)
         hold_fd, descriptor_fd = self._fds["hold"][0], self._fds["descriptors"][0]
-        if not self.usable:
+        if not usable:
             words = hold_bytes - self.capacity // 8
             allocate(hold_fd, words, self.capacity // 8)
         entry = descriptor_bytes // self.capacity
-        allocate(hold_fd, self.usable * 8, (wanted - self.usable) * 8 + 64)
-        allocate(descriptor_fd, self.usable * entry, (wanted - self.usable) * entry)
-        self.usable = wanted
+        allocate(hold_fd, usable * 8, (wanted - usable) * 8 + 64)
+        allocate(descriptor_fd, usable * entry, (wanted - usable) * entry)
+        self.usable = max(self.usable, wanted)
         return wanted
 
     def make_arena(self, holder: Holder) -> Arena:
