@@ -205,7 +205,7 @@ print(json.dumps([before, state()]))
 """
 
 
-@pytest.mark.parametrize("module", ["fastref", "fastref.rpc"])
+@pytest.mark.parametrize("module", ["fastref", "fastref.rpc", "fastref.nn"])
 def test_importing_opens_maps_and_starts_nothing(module: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", EFFECTS_OF_IMPORT, module], cwd=ROOT, capture_output=True, text=True, check=False

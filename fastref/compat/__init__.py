@@ -14,6 +14,7 @@ import torch
 from fastref import autograd, rpc
 from fastref.compat import late
 from fastref.errors import UsageError
+from fastref.nn import remote_module
 from fastref.rpc import (
     _testing,
     api,
@@ -44,10 +45,10 @@ _MODULES: dict[str, ModuleType] = {
     f"{_RPC}.rref_proxy": rref_proxy,
     f"{_RPC}.server_process_global_profiler": server_process_global_profiler,
     "torch.distributed.autograd": autograd,
+    "torch.distributed.nn.api.remote_module": remote_module,
     # What is not there yet; a line moves up when it is.
     f"{_RPC}._utils": AbsentModule(f"{_RPC}._utils"),
     "torch.distributed.optim.optimizer": AbsentModule("torch.distributed.optim.optimizer"),
-    "torch.distributed.nn.api.remote_module": AbsentModule("torch.distributed.nn.api.remote_module"),
 }
 
 # Classes that modules of torch take from those above, when they are imported.
@@ -57,9 +58,7 @@ _TAKEN: dict[str, dict[str, Any]] = {
     "torch.distributed.optim": {
         "DistributedOptimizer": _MODULES["torch.distributed.optim.optimizer"].DistributedOptimizer,
     },
-    "torch.distributed.nn": {
-        "RemoteModule": _MODULES["torch.distributed.nn.api.remote_module"].RemoteModule,
-    },
+    "torch.distributed.nn": {"RemoteModule": remote_module.RemoteModule},
 }
 
 

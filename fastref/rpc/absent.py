@@ -46,10 +46,6 @@ ABSENT: dict[str, dict[str, str]] = {
     "torch.distributed.optim.optimizer": {
         "DistributedOptimizer": "it comes with a later version; until then each worker steps an optimizer of its own"
     },
-    "torch.distributed.nn.api.remote_module": dict.fromkeys(
-        ("RemoteModule", "_RemoteModule"),
-        "it comes with a later version; `rpc.remote(to, module_cls)` makes one, `.rpc_sync().forward(x)` calls it",
-    ),
 }
 
 

@@ -1,7 +1,8 @@
 """Which of torch's tests do not apply, and why; which fastref does not pass yet; which run every time.
 
-Line numbers are those of ``torch/testing/_internal/distributed/rpc/rpc_test.py``, for classes with ``DistAutograd`` in
-their names of ``dist_autograd_test.py`` beside it, in torch 2.13.0.
+Line numbers are those of ``torch/testing/_internal/distributed`` in torch 2.13.0: of ``nn/api/remote_module_test.py``
+for tests of remote modules, of ``rpc/dist_autograd_test.py`` for classes with ``DistAutograd`` in their names, of
+``rpc/rpc_test.py`` for the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ NOT_APPLICABLE: dict[str, str] = {
     ),
     "DistAutogradTest.test_trainer_ps_torchscript_functions": (
         "line 172: a script function that takes a reference, which is an object of torch's C++ agent there"
+    ),
+    **dict.fromkeys(
+        (
+            "RemoteModuleTest.test_forward_async",
+            "RemoteModuleTest.test_forward_async_script",
+            "RemoteModuleTest.test_forward_sync",
+            "RemoteModuleTest.test_forward_sync_script",
+            "RemoteModuleTest.test_remote_module_py_pickle_not_supported_script",
+            "ThreeWorkersRemoteModuleTest.test_send_remote_module_over_the_wire_script_not_supported",
+        ),
+        "line 122 makes a remote module for TorchScript, whose calls torch compiles into calls of its own C++ agent",
     ),
     "RpcTest.test_custom_exception_throw_during_reconstruction": (
         "line 3553 wants a RuntimeError in the place of an exception whose class cannot be made from one string; here"

@@ -15,6 +15,10 @@ compat.install()
 
 import torch.multiprocessing  # noqa: E402
 from torch.testing._internal.common_distributed import MultiProcessTestCase  # noqa: E402
+from torch.testing._internal.distributed.nn.api.remote_module_test import (  # noqa: E402
+    RemoteModuleTest,
+    ThreeWorkersRemoteModuleTest,
+)
 from torch.testing._internal.distributed.rpc.dist_autograd_test import (  # noqa: E402
     DistAutogradTest,
     FaultyAgentDistAutogradTest,
@@ -80,6 +84,7 @@ def _made(source: type, fixture: type) -> type:
 SOURCES = {
     **dict.fromkeys((RpcTest, TensorPipeAgentRpcTest, ParameterServerTest, ReinforcementLearningRpcTest), _Fixture),
     **dict.fromkeys((DistAutogradTest, TensorPipeAgentDistAutogradTest), _Fixture),
+    **dict.fromkeys((RemoteModuleTest, ThreeWorkersRemoteModuleTest), _Fixture),
     **dict.fromkeys((FaultyAgentRpcTest, FaultyAgentDistAutogradTest), FaultyRpcAgentTestFixture),
 }
 CLASSES: dict[str, type] = {source.__name__: _made(source, fixture) for source, fixture in SOURCES.items()}
