@@ -32,7 +32,7 @@ endif
 # Tests of workers who do more than meet.
 OVER_TCP := across_hosts async_execution autograd autograd_failures autograd_random bad_input calls compat death \
 	dynamic_groups failpoints faulty_agent fork forwarding futures init_methods large_leases leases main_objects \
-	membership message_stories misconfigured no_memory outstanding picklers pickling profiling proxy publishing \
+	membership message_stories misconfigured no_memory optimizer outstanding picklers pickling profiling proxy publishing \
 	publishing_faults reference_machine reference_scenarios reference_values references remote_exceptions \
 	remote_module scale script_values sessions sharing shortage signals small_shm stopped stress surface \
 	tensor_kinds tensors_travel testing

@@ -15,6 +15,7 @@ from fastref import autograd, rpc
 from fastref.compat import late
 from fastref.errors import UsageError
 from fastref.nn import remote_module
+from fastref.optim import optimizer
 from fastref.rpc import (
     _testing,
     api,
@@ -46,18 +47,16 @@ _MODULES: dict[str, ModuleType] = {
     f"{_RPC}.server_process_global_profiler": server_process_global_profiler,
     "torch.distributed.autograd": autograd,
     "torch.distributed.nn.api.remote_module": remote_module,
-    # What is not there yet; a line moves up when it is.
+    "torch.distributed.optim.optimizer": optimizer,
+    # What is the inside of torch's agent.
     f"{_RPC}._utils": AbsentModule(f"{_RPC}._utils"),
-    "torch.distributed.optim.optimizer": AbsentModule("torch.distributed.optim.optimizer"),
 }
 
 # Classes that modules of torch take from those above, when they are imported.
 _TAKEN: dict[str, dict[str, Any]] = {
     "torch._jit_internal": {"RRef": rpc.RRef, "PyRRef": rpc.RRef},
     "torch.nn.parallel.distributed": {"RRef": rpc.RRef},
-    "torch.distributed.optim": {
-        "DistributedOptimizer": _MODULES["torch.distributed.optim.optimizer"].DistributedOptimizer,
-    },
+    "torch.distributed.optim": {"DistributedOptimizer": optimizer.DistributedOptimizer},
     "torch.distributed.nn": {"RemoteModule": remote_module.RemoteModule},
 }
 

@@ -43,9 +43,6 @@ ABSENT: dict[str, dict[str, str]] = {
         "_group_membership_management": INSIDE,
         "_update_group_membership": INSIDE,
     },
-    "torch.distributed.optim.optimizer": {
-        "DistributedOptimizer": "it comes with a later version; until then each worker steps an optimizer of its own"
-    },
 }
 
 

@@ -65,7 +65,9 @@ MISSING: dict[str, str] = {}
 QUICK: list[str] = [
     "DistAutogradTest.test_backward_rref_nested",
     "DistAutogradTest.test_graph_for_py_nested_call_itself",
+    "DistOptimizerTest.test_dist_optim_exception",
     "FaultyAgentDistAutogradTest.test_context_cleanup_tensor_with_grad",
+    "RemoteModuleTest.test_remote_parameters",
     "TensorPipeAgentDistAutogradTest.test_embedding_bag_with_no_grad_tensors",
     "FaultyAgentRpcTest.test_builtin_remote_message_dropped_timeout",
     "FaultyAgentRpcTest.test_rref_to_here_timeout",

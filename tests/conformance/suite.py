@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.rpc.dist_autograd_test import (  # noqa
     FaultyAgentDistAutogradTest,
     TensorPipeAgentDistAutogradTest,
 )
+from torch.testing._internal.distributed.rpc.dist_optimizer_test import DistOptimizerTest  # noqa: E402
 from torch.testing._internal.distributed.rpc.examples.parameter_server_test import ParameterServerTest  # noqa: E402
 from torch.testing._internal.distributed.rpc.examples.reinforcement_learning_rpc_test import (  # noqa: E402
     ReinforcementLearningRpcTest,
@@ -84,7 +85,7 @@ def _made(source: type, fixture: type) -> type:
 SOURCES = {
     **dict.fromkeys((RpcTest, TensorPipeAgentRpcTest, ParameterServerTest, ReinforcementLearningRpcTest), _Fixture),
     **dict.fromkeys((DistAutogradTest, TensorPipeAgentDistAutogradTest), _Fixture),
-    **dict.fromkeys((RemoteModuleTest, ThreeWorkersRemoteModuleTest), _Fixture),
+    **dict.fromkeys((DistOptimizerTest, RemoteModuleTest, ThreeWorkersRemoteModuleTest), _Fixture),
     **dict.fromkeys((FaultyAgentRpcTest, FaultyAgentDistAutogradTest), FaultyRpcAgentTestFixture),
 }
 CLASSES: dict[str, type] = {source.__name__: _made(source, fixture) for source, fixture in SOURCES.items()}
