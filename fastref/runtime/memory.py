@@ -107,7 +107,7 @@ class OwnMemory:
         return memoryview(self.control)[SLOTS_OFFSET:CONTROL_BYTES]
 
     def extend_table(self) -> int:
-        """Make sure of the memory of more entries; returns how many are usable now. Several threads may be at it at once.
+        """Make sure of the memory of more entries; returns how many are usable now. Several threads may do so at once.
 
         Raises
         ------
