@@ -38,7 +38,7 @@ cdef class Caller(Publisher):
     cdef dict pending                   # call -> Pending
     cdef dict arrived                   # call -> the answer to a call that waits in a slot, which came as a message
     cdef fr_waiting fetch_waiting
-    cdef readonly dict interruptions    # thread -> what the call that it waits for raises
+    cdef dict interruptions             # thread -> what the call that it waits for raises
     cdef public object collector        # called with each new future while somebody collects them; None
     cdef public int64_t next_expiry_ns  # no pending call ends before
 
