@@ -46,6 +46,7 @@ cdef class Peer:
     cdef object loans                   # (position, offset): blocks that frames to it point to
     cdef readonly object lent           # (position, encoder): answers that the channel reads from where they lie
     cdef list slot_loans                # (slot, call, offset): blocks that answers in its slots point to
+    cdef readonly object guard          # what `lock` is made of; taken by itself no signal handler comes between it and its block
     cdef public object lock
 
     cdef void release_pins(self) noexcept

@@ -27,7 +27,8 @@ class Peer:
     credit_window: int
     children: dict[int, tuple[Holder, int]]
     lock: Condition
-
+    @property
+    def guard(self) -> Any: ...
     def __init__(
         self,
         rank: int,

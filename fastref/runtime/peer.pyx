@@ -1,7 +1,7 @@
 """What a runtime knows of one peer."""
 
 from collections import deque
-from threading import Condition
+from threading import Condition, RLock
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -52,7 +52,8 @@ cdef class Peer:
         self.pins = PinQueue()
         self.numbers, self.callables, self.children = {}, {}, {}
         self.credits, self.slot_loans, self.loans, self.lent, self.outgoing = [], [], deque(), deque(), deque()
-        self.lock = Condition()
+        self.guard = RLock()
+        self.lock = Condition(self.guard)
         self.credit_window = 32
         self.cpu = FR_NO_CPU
 
@@ -88,14 +89,14 @@ cdef class Peer:
 
     def add_credits(self, credits: list) -> None:
         """Take entries that the peer opened for our ``remote()`` calls: (index, generation, fork)."""
-        with self.lock:
+        with self.guard:
             self.credits.extend(credits)
             self.credits_asked, self.credits_refused = False, None
             self.lock.notify_all()
 
     def refuse_credits(self, why: str) -> None:
         """Note that the peer has no entry to open for us at present."""
-        with self.lock:
+        with self.guard:
             self.credits_asked, self.credits_refused = False, why
 
     cdef int release(self, Arena arena) except -1:

@@ -252,7 +252,7 @@ cdef class ReferenceCaller(Caller):
                 pass
             if fr_load32_acquire(&peer.died):
                 raise peer.died_error()
-            with peer.lock:
+            with peer.guard:
                 ask = not peer.credits_asked and not peer.credits
                 peer.credits_asked = peer.credits_asked or ask
             if ask:
@@ -262,7 +262,7 @@ cdef class ReferenceCaller(Caller):
             self.blocked(True)
             try:
                 self.drain_while_waiting()
-                with peer.lock:
+                with peer.guard:
                     if not peer.credits:
                         peer.lock.wait(0.05)
             finally:

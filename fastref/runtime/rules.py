@@ -153,7 +153,7 @@ class RuleKeeper(Server):
         has_bit = self.holds_by_bit(peer)
         granted: list[tuple[int, int, int]] = []
         self.sweep()
-        with peer.lock:  # a worker is marked dead under it too: no entry is opened for one whose removal has begun
+        with peer.guard:  # a worker is marked dead under it too: no entry is opened for one whose removal has begun
             if peer.is_dead:
                 return None
             window = min(window, LARGEST_WINDOW)
@@ -198,7 +198,7 @@ class RuleKeeper(Server):
     ) -> tuple:
         """A reference goes to a peer that has no bit in its owner's table."""
         if owner == self.rank:
-            with peer.lock:
+            with peer.guard:
                 if peer.is_dead:
                     holder.release(index)
                     raise peer.died_error()
@@ -206,7 +206,7 @@ class RuleKeeper(Server):
                     self._mark_and_clear(self._owner_forks.made((index, generation), fork, peer.rank))
             holder.release(index)
             return ("made", peer, (index, generation), fork)
-        with peer.lock:
+        with peer.guard:
             if peer.is_dead:
                 holder.release(index)
                 raise peer.died_error()
@@ -337,7 +337,7 @@ class RuleKeeper(Server):
     def on_death(self, rank: int, reason: str) -> None:
         """A worker is gone. Called once for each."""
         peer = self.peers[rank]
-        with peer.lock:
+        with peer.guard:
             peer.mark_dead(reason)
             peer.lock.notify_all()
         log = logger.debug if peer.left else logger.warning
