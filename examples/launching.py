@@ -62,7 +62,7 @@ def _work(rank: int, lead: Lead, backend: Backend, directory: str, workers: Sequ
     torch.set_num_threads(1)
     # What torch's own modules say of themselves when they start; it says nothing about this program.
     warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
-    warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=r"`(torch\.jit|TorchScript)", category=DeprecationWarning)
     rpc = backend.rpc
     if backend.name == "fastref":
         options = rpc.RpcBackendOptions(init_method=f"local://{Path(directory).name}")
