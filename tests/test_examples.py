@@ -17,7 +17,7 @@ import pytest
 from fastref.segments import run_root, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-PARAMETER_SERVER = ROOT / "examples" / "parameter_server.py"
+EXAMPLES = ROOT / "examples"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A watchdog, not a promise: a run takes a few seconds.
 WATCHDOG_S = 90
@@ -28,10 +28,10 @@ backends = pytest.mark.parametrize("backend", ["fastref", "torch"])
 class Program:
     """One run of an example, in a session of its own, with its output in files."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(self, directory: Path, *arguments: str, name: str = "parameter_server") -> None:
         self.output = directory / "out"
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
-        command = [sys.executable, str(PARAMETER_SERVER), *arguments, "--output", str(self.output)]
+        command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments, "--output", str(self.output)]
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -84,8 +84,8 @@ class Program:
 def start(tmp_path: Path) -> Iterator:
     programs: list[Program] = []
 
-    def start_program(*arguments: str) -> Program:
-        programs.append(Program(tmp_path, *arguments))
+    def start_program(*arguments: str, name: str = "parameter_server") -> Program:
+        programs.append(Program(tmp_path, *arguments, name=name))
         return programs[-1]
 
     yield start_program
@@ -192,3 +192,49 @@ def test_wrong_arguments_are_refused_before_anything_starts(start):
     program = start("--trainers", "0")
     assert program.finish() == 2
     assert "0 is not positive" in program.stderr
+
+
+# ---- training across workers
+
+
+def check_picture(path: Path) -> None:
+    picture = path.read_bytes()
+    assert picture.startswith(PNG_SIGNATURE) and len(picture) > 10_000
+
+
+@backends
+def test_a_pipeline_learns_the_digits_however_many_micro_batches_there_are(start, backend):
+    program = start("--backend", backend, "--quick", "--width", "256", name="pipeline")
+    assert program.finish() == 0, program.stderr
+    assert row(program.stdout, "test accuracy, the lowest")[0] > 85.0
+    for splits in (2, 4, 8):
+        (alone,), (split,) = (row(program.stdout, f"ms per step, {words}") for words in ("1 split", f"{splits} splits"))
+        assert row(program.stdout, f"speed-up by {splits} splits")[0] == pytest.approx(alone / split, abs=0.02)
+    assert "100/100" in program.stderr
+    check_picture(program.output / "speedup.png")
+
+
+@backends
+def test_actors_and_a_learner_get_better_at_balancing_the_pole(start, backend):
+    program = start("--backend", backend, "--quick", name="actor_learner")
+    assert program.finish() == 0, program.stderr
+    # Who pushes at random keeps the pole up for 22 steps.
+    assert row(program.stdout, "return of the policy, at most 500")[0] > 60.0
+    assert "12800/12800" in program.stderr
+    check_picture(program.output / "returns.png")
+
+
+@backends
+def test_a_table_of_words_and_dense_layers_learn_the_digits_together(start, backend):
+    program = start("--backend", backend, "--quick", name="embedding")
+    assert program.finish() == 0, program.stderr
+    assert row(program.stdout, "test accuracy")[0] > 90.0
+    assert "1600/1600" in program.stderr
+    check_picture(program.output / "curves.png")
+
+
+@pytest.mark.parametrize("name", ["pipeline", "actor_learner", "embedding"])
+def test_an_example_that_misses_its_deadline_is_ended(start, name):
+    program = start("--steps", "1000000", "--deadline", "8", name=name)
+    assert program.finish() == 1
+    assert "have not finished within 8 s" in program.stderr
