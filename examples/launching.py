@@ -62,7 +62,7 @@ def _work(rank: int, lead: Lead, backend: Backend, directory: str, workers: Sequ
     torch.set_num_threads(1)
     # What torch's own modules say of themselves when they start; it says nothing about this program.
     warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
-    warnings.filterwarnings("ignore", message=r"`(torch\.jit|TorchScript)", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
     rpc = backend.rpc
     if backend.name == "fastref":
         options = rpc.RpcBackendOptions(init_method=f"local://{Path(directory).name}")
@@ -120,8 +120,8 @@ def launch(
                         process.kill()
                     raise TimeoutError(f"the workers have not finished within {deadline_s:g} s")
         except mp.ProcessRaisedException as error:
-            # After backward passes in several threads, torch's agent at times waits at its end for an answer that
-            # does not come. The result is there by then, and says nothing about the end.
+            # At the end of the pipeline, torch's agent at times waits for an answer that does not come. The result is
+            # there by then, and what is wrong is printed.
             if backend != "torch" or "Wait timeout" not in str(error) or not Path(directory, "result.json").exists():
                 raise
             print(f"torch: the workers did not leave in order: {error}", file=sys.stderr)
