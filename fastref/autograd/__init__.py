@@ -11,6 +11,7 @@ from fastref.autograd.contexts import Contexts, current_contexts
 from fastref.autograd.passes import backward
 from fastref.autograd.record import DistAutogradContext
 from fastref.autograd.references import backward_of
+from fastref.autograd.torch_names import renew_engine
 from fastref.errors import UsageError
 from fastref.runtime.post import thread_context
 
@@ -45,6 +46,7 @@ class context:
 
 def attach(runtime: Any) -> None:
     """Have a runtime keep autograd contexts."""
+    renew_engine()
     runtime.autograd = Contexts(runtime)
     runtime.autograd.backward_of = backward_of
 

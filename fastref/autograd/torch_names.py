@@ -18,11 +18,13 @@ __all__ = [
     "hooks_of",
     "is_held_once",
     "is_profiled",
+    "renew_engine",
     "run_engine",
     "run_node",
 ]
 
 PRIVATE = (
+    "torch.autograd.Variable._execution_engine.is_checkpoint_valid",
     "torch.autograd.Variable._execution_engine.run_backward",
     "torch.autograd.Function._backward_cls",
     "torch._C._FunctionBase.apply",
@@ -40,6 +42,15 @@ AccumulateGrad: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)
 """The class of the nodes at which the graph of a worker ends in its leaf tensors."""
 
 _HOOKS = "fastref.autograd.hooks"
+
+
+def renew_engine() -> None:
+    """Have torch make its engine anew now if this process was forked since it was made.
+
+    It does so on first use otherwise, where two threads may be at it at once: passes begin without the interpreter
+    lock, which torch takes for held there. What is asked here is asked under it.
+    """
+    _engine.is_checkpoint_valid()
 
 
 def run_engine(roots: list[GradientEdge], gradients: list[Any], keep: bool, wanted: list[GradientEdge]) -> list[Any]:
