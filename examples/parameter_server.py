@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing as mp
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from digits import load_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -199,26 +198,6 @@ class Trainer:
 def build_model() -> nn.Sequential:
     """Return the classifier: 8 x 8 pixels in, 128 hidden units, 10 classes out; 9,610 weights."""
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-
-
-def load_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the handwritten digits that scikit-learn ships, split 4 : 1, always in the same way.
-
-    Returns
-    -------
-    train_images, train_labels, test_images, test_labels : Tensor
-        Images are float32 of shape (n, 64) in [0, 1], labels int64 of shape (n,); n is 1437 and 360.
-    """
-    digits = load_digits()
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        (digits.data / 16.0).astype("float32"), digits.target, test_size=0.2, stratify=digits.target, random_state=0
-    )
-    return (
-        torch.from_numpy(train_images),
-        torch.from_numpy(train_labels),
-        torch.from_numpy(test_images),
-        torch.from_numpy(test_labels),
-    )
 
 
 def _batches(
