@@ -50,6 +50,8 @@ def die(directory: Path, rank: int, size: int) -> None:
     if rank == last:
         await_files(directory, "holding-*", size)
         os.kill(os.getpid(), signal.SIGKILL)
+    if "stay" not in sys.argv:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun may hear of the death, and end all others, sooner
     try:
         rpc.rpc_sync(f"w{last}", time.sleep, (PATIENCE_S,))
     except WorkerDied:
