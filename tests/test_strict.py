@@ -259,7 +259,8 @@ def test_collectives_and_profilers_work_and_picklers_are_refused() -> None:
 
 # What reads pickles, imports by name or runs text; in a strict job nothing that a peer sends leads there.
 DANGEROUS = re.compile(
-    r"(?<!json\.)\bloads\(|\bUnpickler\b|\bimport_module\(|\b__import__\(|\b(?:jit|torch)\.load\(|(?<!\.)(?<!def )\beval\(|\bexec\("
+    r"(?<!json\.)\bloads\(|\bUnpickler\b|\bimport_module\(|\b__import__\(|\b(?:jit|torch)\.load\("
+    r"|(?<!\.)(?<!def )\beval\(|\bexec\("
 )
 KNOWN = {
     *("codec/pickling.py", "codec/failures.py", "codec/lookup.py", "codec/script.py", "runtime/post.pyx"),
