@@ -405,7 +405,7 @@ def test_what_comes_whole_in_between_is_no_reason_to_give_up() -> None:
         assert raw.end.got == [(b"%d" % number, None) for number in range(1, 21)] and not raw.channel.spoilt
 
 
-@pytest.mark.parametrize("size", [1, 262_143, 262_144, 262_145, 524_288, 3_000_000])
+@pytest.mark.parametrize("size", [1, 262_144, 524_288, 1_048_575, 1_048_576, 1_048_577, 3_000_000])
 def test_bytes_behind_a_record_arrive_with_a_checksum_in_whatever_portions(size: int) -> None:
     with made() as pair:
         pair.connect(sums=True)

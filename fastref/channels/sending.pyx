@@ -20,7 +20,7 @@ __all__ = ["StreamSender", "checksum"]
 
 cdef enum:
     PIECES = 128                # in one system call
-    SUM_AHEAD = 262144          # bytes that are summed before they are sent; they are in the cache when the kernel copies
+    SUM_AHEAD = 1048576         # bytes that are summed before they are sent; they are in the cache when the kernel copies
 
 
 cdef class StreamSender(Channel):
