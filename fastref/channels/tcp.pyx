@@ -15,8 +15,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memmove, memset, strerror
 
-from fastref._core cimport (FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_relaxed, fr_load32_acquire, fr_load_acquire,
-                            fr_now_ns, fr_store32_relaxed, fr_store32_release, fr_store_release, pthread_mutex_lock,
+from fastref._core cimport (FR_FAILPOINT, failpoints, fr_failpoints_here, fr_load32_relaxed, fr_load32_acquire, fr_now_ns,
+                            fr_store32_relaxed, fr_store32_release, fr_store_release, pthread_mutex_lock,
                             pthread_mutex_unlock)
 from fastref.channels.channel cimport FR_MAX_PEERS, Bulk, Give, Inbox, iovec
 from fastref.channels.sending cimport (EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT,

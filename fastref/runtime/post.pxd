@@ -92,6 +92,7 @@ cdef class Post(Wiring):
     cdef tuple open_entry_for_value(self, int64_t deadline_ns)
     cdef int share(self, RRef rref, int64_t deadline_ns) except -1
     cdef int publish(self, OwnedValue owned, uint32_t index) except -1
+    cdef int64_t _nap(self, int64_t nap_ns) except -1
     cdef int drain_while_waiting(self) except -1
     cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1
     cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1

@@ -600,7 +600,6 @@ cdef class Post(Wiring):
                                 Bulk* along, int64_t deadline_ns) except -1:
         """The ring is full: drain our own inbox meanwhile, so that two full rings cannot wait for each other."""
         cdef int64_t position = SENT_FULL
-        cdef timespec pause
         cdef int64_t nap_ns = 20000
         while True:
             position = SENT_FULL
@@ -613,13 +612,18 @@ cdef class Post(Wiring):
             if deadline_ns and fr_now_ns() > deadline_ns:
                 raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout and will now be marked with an error: "
                                   f"worker {peer.info.name!r} has not read its ring", peer.info.name)
-            PyErr_CheckSignals()
-            self.check()
-            self.drain_while_waiting()
-            pause.tv_sec, pause.tv_nsec = 0, nap_ns
-            with nogil:
-                nanosleep(&pause, NULL)
-            nap_ns = min(nap_ns * 2, 1000000)
+            nap_ns = self._nap(nap_ns)
+
+    cdef int64_t _nap(self, int64_t nap_ns) except -1:
+        """Do what is due while a peer is waited for, and sleep a moment; return how long to sleep next time."""
+        cdef timespec pause
+        PyErr_CheckSignals()
+        self.check()
+        self.drain_while_waiting()
+        pause.tv_sec, pause.tv_nsec = 0, nap_ns
+        with nogil:
+            nanosleep(&pause, NULL)
+        return min(nap_ns * 2, 1000000)
 
     cdef int drain_while_waiting(self) except -1:
         raise NotImplementedError
@@ -667,7 +671,6 @@ cdef class Post(Wiring):
         """
         cdef int64_t give_up_ns = fr_now_ns() + RECALL_NS
         cdef int64_t nap_ns = 20000
-        cdef timespec pause
         cdef bint over
         try:
             return self.open_entry()
@@ -686,13 +689,7 @@ cdef class Post(Wiring):
                 return entry
             if over:
                 raise shortage
-            PyErr_CheckSignals()
-            self.check()
-            self.drain_while_waiting()
-            pause.tv_sec, pause.tv_nsec = 0, nap_ns
-            with nogil:
-                nanosleep(&pause, NULL)
-            nap_ns = min(nap_ns * 2, 1000000)
+            nap_ns = self._nap(nap_ns)
 
     def recall(self):
         """Ask all who hold by messages for the deletes that they have not sent yet; None when nobody does."""
