@@ -18,7 +18,7 @@ PACKAGE = "fastref"
 # Lowest first. A room is a package or a module directly below `fastref`.
 ROWS: list[set[str]] = [
     {"errors", "_version"},
-    {"_core", "futures", "options"},
+    {"_core", "futures", "nogc", "options"},
     {"wire", "rref", "segments", "identity"},
     {"protocol", "channels", "carriers", "rendezvous"},
     {"codec"},

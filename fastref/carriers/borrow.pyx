@@ -13,6 +13,7 @@ from libc.string cimport memcpy, memmove
 from fastref._core cimport (FR_FAILPOINT, FR_KEPT, FR_LOST, Holder, failpoints, fr_exchange, fr_failpoints_here,
                             fr_fence_acquire, fr_holder, fr_load32_acquire, fr_load32_relaxed, fr_load_relaxed, fr_or)
 from fastref.carriers.warm cimport errands, fr_errands
+from fastref.nogc cimport nogc_pause, nogc_resume
 
 from fastref.errors import ProtocolError, ReferenceLost
 
@@ -336,11 +337,14 @@ cdef class PeerArena:
         """
         cdef const uint32_t* generation
         cdef bint held
+        cdef int depth
         self.check_forwarded(place, size_bytes)
         generation = &self._holder.h.at.descriptors[place.index].generation
         held = self._holder.take_unpinned(place.index, place.generation) != FR_LOST
+        depth = nogc_pause()
         with nogil:
             memcpy(target, self.base + place.offset + place.inner, size_bytes)
+        nogc_resume(depth)
         fr_fence_acquire()  # SYNC: the bytes before the generation; pairs with the owner's new generation before new bytes
         lost = fr_load32_relaxed(<uint32_t*>generation) != place.generation
         if held:

@@ -21,6 +21,7 @@ import torch
 from fastref.carriers.borrow cimport LEASE_FROM, Lease, Place, drop_lease, fr_lease
 from fastref.carriers.warm cimport give_memory, take_memory
 from fastref.codec.payload cimport Decoder, Encoder, fr_gather
+from fastref.nogc cimport nogc_pause, nogc_resume
 from fastref.codec.sharing import shared_blocks_by_address
 from fastref.errors import ProtocolError
 
@@ -318,8 +319,10 @@ cdef object read_tensor(Decoder decoder, bint is_forwarded):
                 give_memory(whole, size)
                 raise
         elif header.size > RELEASE_FROM:
+            depth = nogc_pause()
             with nogil:
                 memcpy(managed.tensor.data, data, header.size)
+            nogc_resume(depth)
         else:
             memcpy(managed.tensor.data, data, header.size)
     fr_address_add(managed.tensor.data)

@@ -87,6 +87,7 @@ cdef class Post(Wiring):
     cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, int64_t deadline_ns, Encoder forks,
                          list pinned) except -1
+    cdef int _fork_abroad(self, Peer peer, uint64_t fork_id, Holder holder, fr_fork* fork, list pinned) except -1
     cdef int _pin_forwarded(self, list forwarded, list pinned) except -1
     cdef tuple open_entry(self)
     cdef tuple open_entry_for_value(self, int64_t deadline_ns)

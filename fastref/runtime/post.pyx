@@ -14,6 +14,7 @@ from fastref.channels.tcp cimport TcpLoop
 from fastref.codec.payload cimport Carried, Decoder, Encoder
 from fastref.codec.plain cimport decode_plain, encode_plain
 from fastref.codec.stream cimport decode_value, encode_value
+from fastref.nogc cimport nogc_pause, nogc_resume
 from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
 from fastref.runtime.peer cimport Peer
 from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_CONTEXT, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
@@ -95,8 +96,10 @@ cdef Bulky _bulky(uint64_t size):
 
 cdef Bulky _copied_together(Encoder body):
     cdef Bulky bulky = _bulky(body.total())
+    cdef int depth = nogc_pause()
     with nogil:
         body.copy_to(bulky.bulk.start)
+    nogc_resume(depth)
     return bulky
 
 
@@ -245,6 +248,7 @@ cdef class Post(Wiring):
         cdef Bulk* goes_along = NULL
         cdef iovec[MOST_PIECES] pieces
         cdef bint handed = False
+        cdef int depth
         if fr_load32_acquire(&peer.died):
             raise peer.died_error()
         try:
@@ -278,8 +282,10 @@ cdef class Post(Wiring):
                     bulky = _bulky(size)
                     if in_block:
                         memcpy(bulky.bulk.start, forks.data, in_block)
+                    depth = nogc_pause()
                     with nogil:
                         body.copy_to(bulky.bulk.start + in_block)
+                    nogc_resume(depth)
                 memset(&block, 0, sizeof(block))
                 block.size, block.index = size, NO_ENTRY
                 payload, size = <const char*>&block, sizeof(fr_block)
@@ -292,8 +298,10 @@ cdef class Post(Wiring):
             if lent >= 0:
                 if in_block:
                     memcpy(self.arena.base + lent, forks.data, in_block)
+                depth = nogc_pause()
                 with nogil:
                     body.copy_to(self.arena.base + lent + in_block)
+                nogc_resume(depth)
                 payload, size = <const char*>&block, sizeof(fr_block)
                 head.flags |= FLAG_BLOCK
             elif payload == NULL and size and not body.segment_count:
@@ -354,6 +362,7 @@ cdef class Post(Wiring):
         """Have the memory of a payload again that was lent for sending. What the peer has not confirmed is copied."""
         cdef Bulky bulky
         cdef timespec pause
+        cdef int depth
         if not peer.channel.borrows(position):
             return 0
         try:
@@ -361,8 +370,10 @@ cdef class Post(Wiring):
         except ResourceError:  # so it cannot be had before the peer has it all
             pause.tv_sec, pause.tv_nsec = 0, 1000000
             while peer.channel.borrows(position) and not fr_load32_acquire(&peer.died):
+                depth = nogc_pause()
                 with nogil:
                     nanosleep(&pause, NULL)
+                nogc_resume(depth)
             return 0
         peer.channel.give_back(position, &bulky.bulk)
         return 0
@@ -391,8 +402,8 @@ cdef class Post(Wiring):
             peer.loans.append((position, lent))
         if pinned is not None:
             FR_FAILPOINT("fork.sent")
-            for holder, index, child in pinned:
-                if child is None:
+            for holder, index, _, _ in pinned:
+                if holder is not None:
                     peer.pins.push(position, <Holder>holder, index)
         return 0
 
@@ -510,9 +521,11 @@ cdef class Post(Wiring):
 
     cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, int64_t deadline_ns, Encoder forks,
                          list pinned) except -1:
-        """Write the fork data of references to ``forks`` and pin each; ``pinned`` says what to undo.
+        """Write the fork data of references to ``forks`` and pin each.
 
-        ``first_is_new``: the first is what a remote() makes; it goes under the ids that it was given.
+        ``first_is_new``: the first is what a remote() makes; it goes under the ids that it was given. ``pinned`` says what
+        to undo: for each the holder and index of our pin, the fork if the peer holds it by messages, and the entry if that
+        is ours.
         """
         cdef RRef rref
         cdef fr_fork fork
@@ -539,10 +552,9 @@ cdef class Post(Wiring):
                 fork_id = self.ids.next()
                 fork.fork_created_on, fork.fork_local = self.rank, fork_id & NUMBER_MASK
                 fork.parent = self.rank
-            child = None
+            pinned.append((rref.holder, fork.index, 0, None))
             if peer.rank != fork.owner and not self.has_bit(fork.owner, peer.rank):
-                child = self.fork_abroad(peer, fork_id, fork.owner, fork.index, fork.generation, rref.holder)
-            pinned.append((rref.holder, fork.index, child))
+                self._fork_abroad(peer, fork_id, rref.holder, &fork, pinned)
             encoded = b"" if rref.type_str is None else rref.type_str.encode()
             fork.type_size = len(encoded)
             forks.raw(&fork, sizeof(fr_fork))
@@ -559,11 +571,33 @@ cdef class Post(Wiring):
         """Whether a worker has a bit in this one's table."""
         return self.has_bit(self.rank, peer.rank)
 
-    def fork_abroad(self, peer, fork_id: int, owner: int, index: int, generation: int, holder):
-        """A reference goes to a peer without a bit: note it, and return what undoes the note, or None."""
+    cdef int _fork_abroad(self, Peer peer, uint64_t fork_id, Holder holder, fr_fork* fork, list pinned) except -1:
+        """A reference goes to a peer that has no bit in its owner's table.
+
+        A fork that the owner makes holds the entry by itself; that of another rests on our pin until the owner knows it. A
+        signal handler may raise wherever Python runs: what undoes a fork is in ``pinned`` before there is one.
+        """
+        cdef Py_ssize_t last = len(pinned) - 1
+        entry = (fork.index, fork.generation)
+        with peer.guard:
+            if peer.is_dead:
+                raise peer.died_error()
+            if fork.owner != self.rank:
+                peer.children[fork_id] = (holder, fork.index)
+                pinned[last] = (None, 0, fork_id, None)
+                return 0
+            pinned[last] = (holder, fork.index, fork_id, entry)
+            self.fork_made(peer, entry, fork_id)
+        pinned[last] = (None, 0, fork_id, entry)
+        holder.release(fork.index)
+        return 0
+
+    def fork_made(self, peer, entry: tuple, fork_id: int) -> None:
+        """Note that a peer without a bit holds an entry of ours."""
         raise NotImplementedError
 
-    def unfork_abroad(self, child) -> None:
+    def fork_unmade(self, peer, entry: tuple, fork_id: int) -> None:
+        """Undo that, also if it was done in part, or not at all."""
         raise NotImplementedError
 
     cdef int _pin_forwarded(self, list forwarded, list pinned) except -1:
@@ -574,16 +608,24 @@ cdef class Post(Wiring):
             arena, place = <PeerArena>item, <const Place*>PyBytes_AS_STRING(<bytes>encoded)
             if not arena.pin(place):
                 raise ProtocolError(f"entry {place.index} of worker {place.owner} is leased, but not held")
-            pinned.append((arena._holder, place.index, None))
+            pinned.append((arena._holder, place.index, 0, None))
             self.blocks_forwarded += 1
         return 0
 
     def _unpin(self, peer, pinned: list) -> None:
-        for holder, index, child in pinned:
-            if child is not None:
-                self.unfork_abroad(child)
-            else:
+        for holder, index, fork_id, entry in pinned:
+            if entry is not None:
+                self.fork_unmade(peer, entry, fork_id)
+            elif fork_id:
+                self.child_is_known(peer, fork_id)
+            if holder is not None:
                 self.unhold(holder, index)
+
+    def child_is_known(self, peer, fork_id: int) -> None:
+        """Let go of the pin that a fork of another's value rests on."""
+        child = (<Peer>peer).children.pop(fork_id, None)
+        if child is not None:
+            self.unhold(*child)
 
     cdef void release_pins(self) noexcept:
         if self.peers is not None:  # a handle may outlive what the collector has emptied
@@ -617,12 +659,15 @@ cdef class Post(Wiring):
     cdef int64_t _nap(self, int64_t nap_ns) except -1:
         """Do what is due while a peer is waited for, and sleep a moment; return how long to sleep next time."""
         cdef timespec pause
+        cdef int depth
         PyErr_CheckSignals()
         self.check()
         self.drain_while_waiting()
         pause.tv_sec, pause.tv_nsec = 0, nap_ns
+        depth = nogc_pause()
         with nogil:
             nanosleep(&pause, NULL)
+        nogc_resume(depth)
         return min(nap_ns * 2, 1000000)
 
     cdef int drain_while_waiting(self) except -1:
@@ -862,12 +907,15 @@ cdef bint _may_wait(unsigned kind) noexcept:
 cdef object _copied(const char* start, uint64_t size):
     """A writable copy of a buffer; of a large one in memory that is warm."""
     cdef unsigned char[::1] room
+    cdef int depth
     if size < COPIED_WARM_FROM:
         return memoryview(PyByteArray_FromStringAndSize(start, size))
     copy = memoryview(WarmBuffer(size))
     room = copy
+    depth = nogc_pause()
     with nogil:
         memcpy(&room[0], start, size)
+    nogc_resume(depth)
     return copy
 
 

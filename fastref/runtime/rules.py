@@ -12,6 +12,7 @@ from fastref import _core
 from fastref._core import MirrorHolder
 from fastref.codec.stream import decode, encode
 from fastref.errors import PeerError, ProtocolError, ResourceError
+from fastref.nogc import NoGcLock
 from fastref.protocol import forks, removal
 from fastref.protocol.rounds import Report, Rounds
 from fastref.runtime.peer import Peer
@@ -40,7 +41,7 @@ class RuleKeeper(Server):
         super().__init__(*args, **kwargs)
         self.incarnation = incarnation
         uid = incarnation << 16 | self.rank  # as Peer.uid
-        self._rules = threading.Lock()
+        self._rules = NoGcLock()
         self._removal = removal.Removal(uid, {uid})
         self._owner_forks = forks.OwnerForks()
         self._user_forks = forks.UserForks()
@@ -193,34 +194,13 @@ class RuleKeeper(Server):
 
     # ---- holders that go by messages
 
-    def fork_abroad(
-        self, peer: Peer, fork: int, owner: int, index: int, generation: int, holder: _core.Holder
-    ) -> tuple:
-        """A reference goes to a peer that has no bit in its owner's table."""
-        if owner == self.rank:
-            with peer.guard:
-                if peer.is_dead:
-                    holder.release(index)
-                    raise peer.died_error()
-                with self._rules:
-                    self._mark_and_clear(self._owner_forks.made((index, generation), fork, peer.rank))
-            holder.release(index)
-            return ("made", peer, (index, generation), fork)
-        with peer.guard:
-            if peer.is_dead:
-                holder.release(index)
-                raise peer.died_error()
-            peer.children[fork] = (holder, index)
-        return ("child", peer, fork)
+    def fork_made(self, peer: Peer, entry: tuple[int, int], fork_id: int) -> None:
+        with self._rules:
+            self._mark_and_clear(self._owner_forks.made(entry, fork_id, peer.rank))
 
-    def unfork_abroad(self, child: tuple) -> None:
-        """The frame could not be sent."""
-        if child[0] == "made":
-            _, peer, entry, fork = child
-            with self._rules:
-                self._mark_and_clear(self._owner_forks.deleted(entry, (fork,), peer.rank))
-        else:
-            self._child_accepted(child[1], child[2], None)
+    def fork_unmade(self, peer: Peer, entry: tuple[int, int], fork_id: int) -> None:
+        with self._rules:
+            self._mark_and_clear(self._owner_forks.deleted(entry, (fork_id,), peer.rank))
 
     def received_abroad(self, peer: Peer, owner: int, index: int, generation: int, fork: int, parent: int) -> None:
         with self._rules:
@@ -251,10 +231,8 @@ class RuleKeeper(Server):
             self._perform_user(command)
 
     def _child_accepted(self, peer: Peer, call: int, value: Any) -> None:
-        child = peer.children.pop(call, None)
-        if child is not None:
-            self.unhold(*child)
-            _core.failpoint("fork.parent_unpinned")
+        self.child_is_known(peer, call)
+        _core.failpoint("fork.parent_unpinned")
 
     def _user_deleted(self, peer: Peer, call: int, value: Any) -> None:
         with self._rules:

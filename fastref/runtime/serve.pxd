@@ -46,6 +46,7 @@ cdef class Server(Executor):
     cdef list completions               # answers to settle without the token
     cdef readonly object errands                 # callables to run without the token
     cdef object _threads
+    cdef bint flushed                   # nothing that was kept back waits for room
     cdef readonly object watched                 # dead workers whose last records are still to be read
     cdef object controls                # bookkeeping frames to act on once the inbox is at rest
     cdef public uint64_t calls_served
@@ -54,6 +55,7 @@ cdef class Server(Executor):
     cdef readonly dict credit_of        # index -> rank for whose remote() the entry is open
 
     cdef int lead(self) except -1
+    cdef int _lead(self) except -1
     cdef Job drain(self, bint run_calls)
     cdef Job accept(self, Arrival* arrival, Peer peer)
     cdef Lease _bulk_of(self, FrameView* view, Peer peer)

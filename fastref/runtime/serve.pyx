@@ -1,7 +1,8 @@
 """Calls in: the threads that serve, draining, taking references.
 
 The thread that holds the drain token reads the rings. It acts on bookkeeping at once, and never runs code of the
-program while it holds the token: not a function, not an unpickling, not a callback, not a destructor.
+program while it holds the token: not a function, not an unpickling, not a callback, not a destructor; the collector, which
+would run some, is off meanwhile.
 """
 
 from collections import deque
@@ -19,6 +20,7 @@ from fastref._core cimport (FR_FAILPOINT, FR_FIRST, FR_LOST, FR_NO_CPU, FR_VALUE
 from fastref.carriers.borrow cimport Lease, lease_of_own
 from fastref.channels.channel cimport Arrival, Bulk
 from fastref.codec.payload cimport Encoder
+from fastref.nogc cimport nogc_begin, nogc_end
 from fastref.rref cimport OwnedValue, RRef, forks_so_far, make_rref
 from fastref.runtime.calls cimport Pending
 from fastref.runtime.execute cimport Executor, Job
@@ -125,7 +127,7 @@ cdef class Server(Executor):
                     status = IDLE if me.leading else LOST
                 if status == LOST:
                     break
-                if self.flush_all():
+                if self.flushed:
                     nap_ns = slice_ns
                 else:  # nobody rings when a full ring has room again: look, less and less often
                     nap_ns = SHORTEST_NAP_NS if nap_ns == slice_ns else min(nap_ns * 2, LONGEST_NAP_NS)
@@ -208,6 +210,19 @@ cdef class Server(Executor):
 
     cdef int lead(self) except -1:
         """Drain and run until nothing is left (IDLE) or another thread has the token (LOST)."""
+        cdef fr_thread* me = this_thread()
+        cdef int status
+        nogc_begin()
+        try:
+            status = self._lead()
+            if status == IDLE:
+                self.flushed = self.flush_all()
+            return status
+        finally:
+            if me.leading:  # else ``run`` has ended it
+                nogc_end()
+
+    cdef int _lead(self) except -1:
         cdef Job job
         while not self.serving.stopping:
             job = None
@@ -269,9 +284,11 @@ cdef class Server(Executor):
             self.drain(False)
         elif fr_serve_take_token(&self.serving):
             me.leading = True
+            nogc_begin()
             try:
                 self.drain(False)
             finally:
+                nogc_end()
                 self.inbox.put_back()
                 me.leading = False
                 fr_store32_relaxed(&self.serving.token, 0)
@@ -488,6 +505,7 @@ cdef class Server(Executor):
             if job is not None and self.parked == 0:
                 self._start_thread()
             me.leading, me.away = False, True
+            nogc_end()
             fr_serve_pass_token(&self.serving)
         try:
             while leading and self.completions:
@@ -524,6 +542,8 @@ cdef class Server(Executor):
             if leading:
                 me.away = False
                 me.leading = leading = fr_serve_retake_token(&self.serving)
+                if leading:
+                    nogc_begin()
         if self.queue:
             self.count_queue()
         if job is not None and not job.parked:
