@@ -21,7 +21,7 @@ from fastref.rendezvous import Credentials, Door, StreamConnection, TcpListener,
 from fastref.rendezvous.addresses import LOOPBACK
 from fastref.rendezvous.connection import MAX_MESSAGE_BYTES
 from fastref.rendezvous.door import MAX_UNPROVED
-from fastref.rendezvous.proving import Tls
+from fastref.rendezvous.proving import Proving, Tls
 from fastref.rendezvous.stream import SILENCE_S, endpoint_text, parse_endpoint, tune
 
 PATIENCE_S = 60.0
@@ -338,6 +338,19 @@ def no_descriptors() -> Iterator[list[int]]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for fd in held:
             os.close(fd)
+
+
+def test_one_whose_whole_proof_comes_while_the_door_looks_is_let_in(door, monkeypatch):
+    """He says nothing more, so nothing wakes the door a second time."""
+    look = Proving.advance
+
+    def look_until_done(proving: Proving) -> bool:
+        while not look(proving):
+            time.sleep(0.001)
+        return True
+
+    monkeypatch.setattr(Proving, "advance", look_until_done)
+    let_one_in(door)
 
 
 def let_one_in(door: Door) -> None:

@@ -228,14 +228,17 @@ class Provings:
         proved: Callable[[StreamConnection], None],
         failed: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """Have one of the two called: with the connection, or, it being closed, with the reason, this also at once."""
+        """Have one of the two called: with the connection, or, it being closed, with the reason; this may be at once."""
         if proving.is_connected:
             try:
-                # Most strangers have said by now why they are refused: they push nobody out. A proof takes longer.
-                proving.advance()
+                # Most strangers have said by now why they are refused: they push nobody out.
+                done = proving.advance()
             except (IdentityError, OSError) as error:
                 proving.close()
                 failed(error)
+                return
+            if done:  # its messages came as fast as they were asked for: there may be no other event
+                self._hand_on(proving, proved, failed)
                 return
         if self._most is not None and len(self._under_way) >= self._most:
             self._end(next(iter(self._under_way)), ConnectionAbortedError("others came after it"))
@@ -275,6 +278,12 @@ class Provings:
             return
         failed = self._under_way.pop(proving)
         self._selector.unregister(proving.fileno())
+        self._hand_on(proving, proved, failed)
+
+    @staticmethod
+    def _hand_on(
+        proving: Proving, proved: Callable[[StreamConnection], None], failed: Callable[[Exception], None]
+    ) -> None:
         try:
             connection = proving.connection()
         except OSError as error:  # what stands in for TLS takes two descriptors more
