@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
@@ -30,6 +31,8 @@ hypothesis.settings.load_profile("fastref")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell has what it runs in the background ignore it, and all that this starts: Ctrl-C is what some tests are about.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not under TMPDIR: the path of a unix socket has 107 characters at most.
     scratch = Path(tempfile.mkdtemp(prefix="fr-", dir=os.environ.get("FASTREF_TEST_SCRATCH", "/tmp")))
     config.stash[SCRATCH] = scratch

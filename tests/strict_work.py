@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import fastref.rpc as rpc
-import fastref.runtime.post
+import fastref.runtime.payloads
 from fastref.codec import failures, pickling, registry, script
 from fastref.codec.failures import decode_plain_failure
 from fastref.codec.plain import encode
@@ -180,7 +180,7 @@ def set_tripwire() -> None:
     places: list[tuple[Any, tuple[str, ...]]] = [
         (pickle, ("load", "loads", "Unpickler", "_Unpickler")),
         (pickling, ("loads", "_Unpickler")),
-        (fastref.runtime.post, ("loads",)),
+        (fastref.runtime.payloads, ("loads",)),
         (torch, ("load",)),
         (torch.jit, ("load",)),
         (script, ("load_script_module", "find_script_function")),
@@ -268,7 +268,7 @@ class Bytes:
         self.data = data
 
 
-_dumps = fastref.runtime.post.dumps
+_dumps = fastref.runtime.payloads.dumps
 
 
 @contextmanager
@@ -279,11 +279,11 @@ def any_pickles() -> Iterator[None]:
         found = _find(value)
         return _dumps(value, *more) if found is None else (found.data, [])
 
-    fastref.runtime.post.dumps = dumps  # type: ignore[attr-defined]
+    fastref.runtime.payloads.dumps = dumps  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        fastref.runtime.post.dumps = _dumps  # type: ignore[attr-defined]
+        fastref.runtime.payloads.dumps = _dumps  # type: ignore[attr-defined]
 
 
 def _find(value: Any) -> Bytes | None:

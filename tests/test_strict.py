@@ -263,7 +263,7 @@ DANGEROUS = re.compile(
     r"|(?<!\.)(?<!def )\beval\(|\bexec\("
 )
 KNOWN = {
-    *("codec/pickling.py", "codec/failures.py", "codec/lookup.py", "codec/script.py", "runtime/post.pyx"),
+    *("codec/pickling.py", "codec/failures.py", "codec/lookup.py", "codec/script.py", "runtime/payloads.pyx"),
     "rpc/internal.py",  # what programs hand it, and picklers of programs
 }
 

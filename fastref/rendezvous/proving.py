@@ -228,7 +228,7 @@ class Provings:
         proved: Callable[[StreamConnection], None],
         failed: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        """Have one of the two called: with the connection, or, it being closed, with the reason; this may be at once."""
+        """Have one of the two called: with the connection, or, it being closed, with the reason; it may be at once."""
         if proving.is_connected:
             try:
                 # Most strangers have said by now why they are refused: they push nobody out.

@@ -1,16 +1,15 @@
-"""Frames out: references, payloads, blocks, full rings."""
+"""Frames out: payloads, blocks, full rings."""
 
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
-from fastref._core cimport Holder, IdGenerator, ReferenceTable, fr_fork
 from fastref.carriers.arena cimport Arena
-from fastref.carriers.borrow cimport Lease
 from fastref.channels.channel cimport Bulk, Inbox
 from fastref.channels.slots cimport ResponseSlots
-from fastref.codec.payload cimport Carried, Decoder, Encoder
-from fastref.rref cimport OwnedValue, RRef, Wiring
+from fastref.codec.payload cimport Encoder
+from fastref.rref cimport RRef
+from fastref.runtime.entries cimport Entries
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport FrameView, fr_block, fr_frame
+from fastref.wire.frame cimport fr_block, fr_frame
 
 
 cdef enum:
@@ -46,31 +45,17 @@ cdef class Bulky:               # a payload that goes along with its frame, unti
     cdef Bulk bulk
 
 
-cdef class Post(Wiring):
-    cdef readonly list peers            # by rank; None where nobody is
+cdef class Post(Entries):
     cdef readonly list ranks            # by rank, who may be called; None for others
-    cdef list arenas                    # by rank, theirs
     cdef dict names                     # by name, likewise
     cdef readonly Inbox inbox
     cdef readonly ResponseSlots slots
     cdef readonly Arena arena
-    cdef readonly ReferenceTable table
-    cdef readonly IdGenerator ids
-    cdef readonly object info
     cdef uint64_t last_call
-    cdef list _encoders
     cdef public double default_timeout_s
-    cdef readonly bint strict           # nothing is pickled or unpickled, and only what is registered can be called
-    cdef public object autograd         # keeps the autograd contexts and links tensors that travel in them; None: nobody does
-    cdef public object encode_failure   # how exceptions travel
-    cdef public object decode_failure
     cdef public int64_t slice_ns        # longest sleep on a futex; -1 only in tests
-    cdef public object owned            # list: index of the entry -> OwnedValue
     cdef public uint64_t calls_sent
-    cdef public uint64_t blocks_forwarded
 
-    cdef Encoder encoder(self)
-    cdef void encoder_done(self, Encoder encoder) noexcept
     cdef uint64_t new_call(self) noexcept nogil
     cdef int64_t deadline(self, double timeout_s) noexcept
     cdef Peer peer_of(self, object to)
@@ -84,26 +69,5 @@ cdef class Post(Wiring):
     cdef uint64_t lend_to_all(self, uint64_t size) except? 0xFFFFFFFFFFFFFFFF
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 Bulk* along, int64_t deadline_ns) except -1
-    cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1
-    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, int64_t deadline_ns, Encoder forks,
-                         list pinned) except -1
-    cdef int _fork_abroad(self, Peer peer, uint64_t fork_id, Holder holder, fr_fork* fork, list pinned) except -1
-    cdef int _pin_forwarded(self, list forwarded, list pinned) except -1
-    cdef tuple open_entry(self)
-    cdef tuple open_entry_for_value(self, int64_t deadline_ns)
-    cdef int share(self, RRef rref, int64_t deadline_ns) except -1
-    cdef int publish(self, OwnedValue owned, uint32_t index) except -1
-    cdef int64_t _nap(self, int64_t nap_ns) except -1
-    cdef int drain_while_waiting(self) except -1
-    cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1
-    cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1
-    cdef uint64_t begin_links(self, Encoder body, uint64_t context, Peer peer, bint is_call) except? 0xFFFFFFFFFFFFFFFF
-    cdef int end_links(self, Encoder body, uint64_t context, Peer peer) except -1
-    cdef object unload(self, Carried carried, Peer peer)
-    cdef object _read(self, Decoder decoder, uint64_t size, int flags)
-    cdef object _read_payload(self, Decoder decoder, uint64_t size, int flags)
-    cdef object decode_forwarded(self, const char* payload, uint64_t size, int flags, list references, Lease lease,
-                                uint32_t site)
-    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease)
     cdef bint inherits(self, double timeout_s, int64_t deadline_ns) noexcept
     cdef object raise_timeout(self, Peer peer, what, double timeout_s, bint inherited)

@@ -1,33 +1,25 @@
-"""Frames out: references, payloads, blocks, full rings."""
+"""Frames out: payloads, blocks, full rings."""
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fastref._core cimport (FR_FAILPOINT, FR_LOST, Holder, failpoints, fr_add_relaxed, fr_failpoints_here, fr_fork,
-                            fr_load32_acquire, fr_now_ns)
+from fastref._core cimport (FR_FAILPOINT, Holder, failpoints, fr_add_relaxed, fr_failpoints_here, fr_load32_acquire,
+                            fr_now_ns)
 from fastref.carriers.arena cimport FR_ARENA_PAGE
-from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY, Lease, PeerArena, Place
+from fastref.carriers.borrow cimport LEASE_FROM, NO_ENTRY
 from fastref.carriers.warm cimport give_memory, take_memory
 from fastref.channels.channel cimport SENT_FULL, SENT_TOO_LARGE, Bulk, iovec
 from fastref.channels.tcp cimport TcpLoop
-from fastref.codec.payload cimport Carried, Decoder, Encoder
-from fastref.codec.plain cimport decode_plain, encode_plain
-from fastref.codec.stream cimport decode_value, encode_value
+from fastref.codec.payload cimport Encoder
 from fastref.nogc cimport nogc_pause, nogc_resume
-from fastref.rref cimport VALUE_READY, OwnedValue, RRef, forks_so_far
+from fastref.rref cimport RRef, forks_so_far
+from fastref.runtime.entries cimport Entries
 from fastref.runtime.peer cimport Peer
-from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_CONTEXT, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, FLAG_PICKLED, FLAG_PLAIN, NO_SLOT, PYTHON_CALL, PYTHON_REMOTE_CALL,
-                                 RREF_FETCH_CALL, fr_block, fr_frame)
+from fastref.wire.frame cimport (FLAG_BLOCK, FLAG_FORKS_IN_BLOCK, FLAG_FORWARDED, NO_SLOT, PYTHON_CALL,
+                                 PYTHON_REMOTE_CALL, RREF_FETCH_CALL, fr_block, fr_frame)
 
-from fastref.carriers.warm import WarmBuffer
-from fastref.codec.failures import decode_failure, decode_plain_failure, encode_failure, encode_plain_failure
-from fastref.codec.pickling import dumps, loads
-from fastref.errors import CallTimeout, OwnerDied, ProtocolError, ResourceError, StrictModeError, UsageError
+from fastref.errors import CallTimeout, OwnerDied, ResourceError, UsageError
 from fastref.options import UNSET_RPC_TIMEOUT, WorkerInfo
-from fastref.segments.shared import shared_blocks
-
-import torch
 
 __all__ = ["Post", "set_thread_context", "thread_context", "use_warm_memory"]
 
@@ -45,20 +37,13 @@ cdef extern from "time.h" nogil:
         long tv_nsec
     int nanosleep(const timespec*, timespec*)
 
-cdef extern from "Python.h":
-    int PyErr_CheckSignals() except -1
-    object PyByteArray_FromStringAndSize(const char*, Py_ssize_t)
-
 cdef enum:
     INLINE_LIMIT = 4096     # larger payloads go through the arena; measured: a block costs about 1.5 us more
-    COPIED_WARM_FROM = 65536  # smaller ones the allocator keeps warm by itself
-    MOST_PIECES = 64        # and those in more pieces
+    MOST_PIECES = 64        # payloads in more pieces are copied before they are sent
     HEAD_ROOM = 1024        # header and references that fit on the stack
-    RECALL_NS = 1000000000  # for others to send the deletes that they have not sent yet
     FOREVER_S = 1000000000  # longer timeouts, infinite ones too, are none: in nanoseconds they might not fit into 64 bits
 
-cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # ids and call numbers have 48 bits
-cdef object grad_is_enabled = torch.is_grad_enabled
+cdef uint64_t NUMBER_MASK = (<uint64_t>1 << 48) - 1    # call numbers have 48 bits
 
 
 cdef fr_thread* this_thread() noexcept nogil:
@@ -112,25 +97,19 @@ def use_warm_memory(loop: TcpLoop) -> None:
     loop.take, loop.give = take_memory, give_memory
 
 
-cdef class Post(Wiring):
+cdef class Post(Entries):
     """The sending half of a runtime."""
 
     def __init__(self, rank: int, info, peers: list, inbox, slots, arena, table, ids, default_timeout_s: float,
                  strict: bool = False):
-        self.rank, self.info = rank, info
-        self.peers, self.arenas = peers, []
+        super().__init__(rank, info, peers, table, ids, strict)
         for peer in peers:
             self.add_arena(peer)
         self.names, self.ranks = {}, []
-        self.inbox, self.slots, self.arena, self.table, self.ids = inbox, slots, arena, table, ids
+        self.inbox, self.slots, self.arena = inbox, slots, arena
         self.default_timeout_s = default_timeout_s
-        self.strict = strict
-        self.encode_failure = encode_plain_failure if strict else encode_failure
-        self.decode_failure = decode_plain_failure if strict else decode_failure
         self.fork_count = forks_so_far()
         self.slice_ns = 100_000_000
-        self._encoders = []
-        self.owned = []
 
     def add_peer(self, peer: Peer) -> None:
         """Make a worker known, for frames from it and for references to its values."""
@@ -159,20 +138,6 @@ cdef class Post(Wiring):
     def known_peers(self) -> list:
         """The workers that were met, this one and the dead among them, without the gaps between ranks."""
         return [peer for peer in self.peers if peer is not None]
-
-    cdef Encoder encoder(self):
-        """An empty encoder; ``encoder_done`` takes it back."""
-        try:
-            return self._encoders.pop()
-        except IndexError:
-            return Encoder()
-
-    cdef void encoder_done(self, Encoder encoder) noexcept:
-        if encoder.lent:
-            return
-        encoder.reset()
-        if len(self._encoders) < 16:
-            self._encoders.append(encoder)
 
     cdef uint64_t new_call(self) noexcept nogil:
         return (fr_add_relaxed(&self.last_call, 1) + 1) & NUMBER_MASK
@@ -511,132 +476,9 @@ cdef class Post(Wiring):
     def take_blocks_back(self, peer, blocks: list) -> None:
         """The message that names them cannot be sent."""
 
-    def claim_block(self, number: int):
-        """The block for sharing that a message names."""
-        return shared_blocks[number]
-
     def knows_arena(self, peer) -> bool:
         """Whether a peer has been told of all files of this worker's arena."""
         raise NotImplementedError
-
-    cdef int _pack_forks(self, Peer peer, list references, bint first_is_new, int64_t deadline_ns, Encoder forks,
-                         list pinned) except -1:
-        """Write the fork data of references to ``forks`` and pin each.
-
-        ``first_is_new``: the first is what a remote() makes; it goes under the ids that it was given. ``pinned`` says what
-        to undo: for each the holder and index of our pin, the fork if the peer holds it by messages, and the entry if that
-        is ours.
-        """
-        cdef RRef rref
-        cdef fr_fork fork
-        cdef uint64_t fork_id
-        for item in references:
-            rref = <RRef>item
-            if not first_is_new:
-                self.check_creation(rref)
-            if self.users_deleted and rref.owned is None:
-                rref._serialize()  # says so
-            if rref.wiring is not self:
-                raise UsageError(f"{rref!r} belongs to another runtime, or to one that was shut down")
-            if rref.holder is None:
-                self.share(rref, deadline_ns)
-            elif rref.holder.epitaph is not None:
-                raise OwnerDied(*rref.holder.epitaph)
-            if rref.holder.take(rref.fork.index, rref.fork.generation) == FR_LOST:
-                raise ProtocolError(f"{rref!r} is not held")
-            fork = rref.fork
-            if first_is_new:
-                fork_id = <uint64_t>fork.fork_created_on << 48 | fork.fork_local
-                first_is_new = False
-            else:
-                fork_id = self.ids.next()
-                fork.fork_created_on, fork.fork_local = self.rank, fork_id & NUMBER_MASK
-                fork.parent = self.rank
-            pinned.append((rref.holder, fork.index, 0, None))
-            if peer.rank != fork.owner and not self.has_bit(fork.owner, peer.rank):
-                self._fork_abroad(peer, fork_id, rref.holder, &fork, pinned)
-            encoded = b"" if rref.type_str is None else rref.type_str.encode()
-            fork.type_size = len(encoded)
-            forks.raw(&fork, sizeof(fr_fork))
-            if encoded:
-                forks.raw(<const char*>encoded, len(encoded))
-        return 0
-
-    cdef bint has_bit(self, uint16_t owner, uint16_t holder) except -1:
-        """Whether a worker has a bit in another one's table; else it holds references by messages."""
-        cdef Peer peer = <Peer>self.peers[owner]
-        return holder < peer.bits and (peer.host is (<Peer>self.peers[holder]).host)
-
-    def holds_by_bit(self, peer: Peer) -> bool:
-        """Whether a worker has a bit in this one's table."""
-        return self.has_bit(self.rank, peer.rank)
-
-    cdef int _fork_abroad(self, Peer peer, uint64_t fork_id, Holder holder, fr_fork* fork, list pinned) except -1:
-        """A reference goes to a peer that has no bit in its owner's table.
-
-        A fork that the owner makes holds the entry by itself; that of another rests on our pin until the owner knows it. A
-        signal handler may raise wherever Python runs: what undoes a fork is in ``pinned`` before there is one.
-        """
-        cdef Py_ssize_t last = len(pinned) - 1
-        entry = (fork.index, fork.generation)
-        with peer.guard:
-            if peer.is_dead:
-                raise peer.died_error()
-            if fork.owner != self.rank:
-                peer.children[fork_id] = (holder, fork.index)
-                pinned[last] = (None, 0, fork_id, None)
-                return 0
-            pinned[last] = (holder, fork.index, fork_id, entry)
-            self.fork_made(peer, entry, fork_id)
-        pinned[last] = (None, 0, fork_id, entry)
-        holder.release(fork.index)
-        return 0
-
-    def fork_made(self, peer, entry: tuple, fork_id: int) -> None:
-        """Note that a peer without a bit holds an entry of ours."""
-        raise NotImplementedError
-
-    def fork_unmade(self, peer, entry: tuple, fork_id: int) -> None:
-        """Undo that, also if it was done in part, or not at all."""
-        raise NotImplementedError
-
-    cdef int _pin_forwarded(self, list forwarded, list pinned) except -1:
-        """Hold the blocks of others that a frame points to, for its receiver."""
-        cdef PeerArena arena
-        cdef const Place* place
-        for item, encoded in forwarded:
-            arena, place = <PeerArena>item, <const Place*>PyBytes_AS_STRING(<bytes>encoded)
-            if not arena.pin(place):
-                raise ProtocolError(f"entry {place.index} of worker {place.owner} is leased, but not held")
-            pinned.append((arena._holder, place.index, 0, None))
-            self.blocks_forwarded += 1
-        return 0
-
-    def _unpin(self, peer, pinned: list) -> None:
-        for holder, index, fork_id, entry in pinned:
-            if entry is not None:
-                self.fork_unmade(peer, entry, fork_id)
-            elif fork_id:
-                self.child_is_known(peer, fork_id)
-            if holder is not None:
-                self.unhold(holder, index)
-
-    def child_is_known(self, peer, fork_id: int) -> None:
-        """Let go of the pin that a fork of another's value rests on."""
-        child = (<Peer>peer).children.pop(fork_id, None)
-        if child is not None:
-            self.unhold(*child)
-
-    cdef void release_pins(self) noexcept:
-        if self.peers is not None:  # a handle may outlive what the collector has emptied
-            for peer in self.peers:
-                if peer is not None:
-                    (<Peer>peer).release_pins()
-
-    def unhold(self, holder, index: int) -> None:
-        """Let a pin go; after ``users_deleted`` those on other tables have gone already."""
-        if not self.users_deleted or holder is self.table.holder:
-            holder.release(index)
 
     cdef int64_t _wait_for_room(self, Peer peer, const char* head, uint64_t head_size, const char* body, uint64_t body_size,
                                 Bulk* along, int64_t deadline_ns) except -1:
@@ -655,231 +497,6 @@ cdef class Post(Wiring):
                 raise CallTimeout(f"RPCErr:1:RPC ran for more than set timeout and will now be marked with an error: "
                                   f"worker {peer.info.name!r} has not read its ring", peer.info.name)
             nap_ns = self._nap(nap_ns)
-
-    cdef int64_t _nap(self, int64_t nap_ns) except -1:
-        """Do what is due while a peer is waited for, and sleep a moment; return how long to sleep next time."""
-        cdef timespec pause
-        cdef int depth
-        PyErr_CheckSignals()
-        self.check()
-        self.drain_while_waiting()
-        pause.tv_sec, pause.tv_nsec = 0, nap_ns
-        depth = nogc_pause()
-        with nogil:
-            nanosleep(&pause, NULL)
-        nogc_resume(depth)
-        return min(nap_ns * 2, 1000000)
-
-    cdef int drain_while_waiting(self) except -1:
-        raise NotImplementedError
-
-    def wake_leader(self) -> None:
-        raise NotImplementedError
-
-    cdef int share(self, RRef rref, int64_t deadline_ns) except -1:
-        """Open an entry for a local value that is handed on for the first time."""
-        entry = self.open_entry_for_value(deadline_ns)
-        if rref.holder is not None:  # another thread has handed it on while we waited
-            self.table.holder.drop(entry[0])
-            return 0
-        rref.fork.index, rref.fork.generation = entry
-        rref.fork.has_entry = 1
-        self.own(rref.fork.index, rref.owned)
-        rref.holder = self.table.holder
-        if rref.owned.settled == VALUE_READY:
-            self.publish(rref.owned, rref.fork.index)
-        return 0
-
-    def own(self, index: int, owned) -> None:
-        """Keep a value under an entry."""
-        while len(self.owned) <= index:
-            self.owned.append(None)
-        self.owned[index] = owned
-
-    cdef tuple open_entry(self):
-        """Open an entry that this process itself holds. Compiled: no signal handler raises when it is open."""
-        while True:
-            entry = self.table.open()
-            if entry is not None:
-                return entry
-            self.release_pins()
-            self.sweep()
-            entry = self.table.open()
-            if entry is not None:
-                return entry
-            self.more_entries()
-
-    cdef tuple open_entry_for_value(self, int64_t deadline_ns):
-        """As ``open_entry``. When there is none left, those who hold by messages are asked for what they have let go of.
-
-        They say so in their own time otherwise, and an entry that only looks as if it were held is no reason to refuse.
-        """
-        cdef int64_t give_up_ns = fr_now_ns() + RECALL_NS
-        cdef int64_t nap_ns = 20000
-        cdef bint over
-        try:
-            return self.open_entry()
-        except ResourceError as error:
-            asked = self.recall()
-            if asked is None:
-                raise
-            shortage = error
-        if deadline_ns:
-            give_up_ns = min(give_up_ns, deadline_ns)
-        while True:
-            over = fr_now_ns() > give_up_ns or self.recall_is_over(asked)  # before the table is looked at
-            self.sweep()
-            entry = self.table.open()
-            if entry is not None:
-                return entry
-            if over:
-                raise shortage
-            nap_ns = self._nap(nap_ns)
-
-    def recall(self):
-        """Ask all who hold by messages for the deletes that they have not sent yet; None when nobody does."""
-        raise NotImplementedError
-
-    def recall_is_over(self, recall) -> bool:
-        """Tell whether all who were asked have answered."""
-        raise NotImplementedError
-
-    def more_entries(self) -> None:
-        """Make room for more entries in the table, or raise ``ResourceError``."""
-        raise NotImplementedError
-
-    def sweep(self) -> None:
-        """Close the entries that nobody holds."""
-        raise NotImplementedError
-
-    cdef int publish(self, OwnedValue owned, uint32_t index) except -1:
-        raise NotImplementedError
-
-    cdef int encode_any(self, Encoder body, object value, bint shares_main, str what) except -1:
-        """Append a value; returns the flags that say how. ``what`` it is, as for ``encode_plain``."""
-        cdef uint64_t size = body.size
-        cdef unsigned segments = body.segment_count
-        cdef Py_ssize_t references = len(body.references), forwarded = len(body.forwarded)
-        if encode_value(body, value, 0):
-            return 0
-        while body.segment_count > segments:  # forget what was written of this value
-            body.segment_count -= 1
-            body.segment_bytes -= body.segments[body.segment_count].size
-        body.size = size
-        del body.references[references:]
-        del body.forwarded[forwarded:]
-        if body.linked is not None:
-            del body.linked[:]
-        if self.strict:
-            encode_plain(body, value, what)
-            return FLAG_PLAIN
-        self.encode_pickled(body, value, shares_main)
-        return FLAG_PICKLED
-
-    cdef int encode_pickled(self, Encoder body, object value, bint shares_main) except -1:
-        """Append a pickle: number of buffers, size of the pickle, sizes of the buffers, the pickle, the buffers."""
-        cdef uint64_t number
-        cdef const unsigned char[::1] bytes_of
-        data, buffers = dumps(value, body.references, shares_main, body.blocks, body.linked)
-        number = len(buffers)
-        body.raw(&number, 8)
-        number = len(data)
-        body.raw(&number, 8)
-        for buffer in buffers:
-            number = buffer.nbytes
-            body.raw(&number, 8)
-        body.raw(<const char*>data, len(data))
-        for buffer in buffers:
-            if buffer.nbytes:
-                bytes_of = buffer
-                body.segment(<const char*>&bytes_of[0], buffer.nbytes, NULL, True, buffer)
-        return 0
-
-    # ---- autograd contexts
-
-    cdef uint64_t begin_links(self, Encoder body, uint64_t context, Peer peer, bint is_call) except? 0xFFFFFFFFFFFFFFFF:
-        """Have an empty ``body`` begin with the context that it goes along with; 0 when that has been let go of."""
-        cdef uint64_t[2] prefix
-        if self.autograd is None or not self.autograd.goes_to(context, peer.rank if is_call else None):
-            return 0
-        prefix[0], prefix[1] = context, 0
-        body.raw(prefix, sizeof(prefix))
-        if grad_is_enabled():
-            body.linked = []
-        return context
-
-    cdef int end_links(self, Encoder body, uint64_t context, Peer peer) except -1:
-        """All is in ``body``: make its tensors that want gradients one link, and say which."""
-        cdef uint64_t link
-        if body.linked:
-            link = self.autograd.send(context, peer.rank, body.linked)
-            memcpy(body.data + 8, &link, 8)
-        return 0
-
-    cdef object unload(self, Carried carried, Peer peer):
-        """The value that came with a context; its tensors are part of this worker's graph from here on."""
-        if carried.tensors:
-            if self.autograd is None or not carried.link:
-                raise ProtocolError(f"worker {peer.info.name!r} sent linked tensors without a link")
-            self.autograd.receive(carried.context, peer.rank, carried.link, carried.tensors)
-        return carried.value
-
-    cdef object decode_forwarded(self, const char* payload, uint64_t size, int flags, list references, Lease lease,
-                                uint32_t site):
-        """As ``decode_any``, of a payload of which parts lie in memory of others. The sender still holds them."""
-        cdef Decoder decoder = Decoder.__new__(Decoder)
-        decoder.start = decoder.at = payload
-        decoder.end = payload + size
-        decoder.references, decoder.lease, decoder.arenas, decoder.site = references, lease, self.arenas, site
-        return self._read(decoder, size, flags)
-
-    cdef object decode_any(self, const char* payload, uint64_t size, int flags, list references, Lease lease):
-        """Read what ``encode_any`` wrote; ``lease``: of the block that it lies in, if it has one."""
-        cdef Decoder decoder = Decoder.__new__(Decoder)
-        decoder.start = decoder.at = payload
-        decoder.end = payload + size
-        decoder.references, decoder.lease = references, lease
-        return self._read(decoder, size, flags)
-
-    cdef object _read(self, Decoder decoder, uint64_t size, int flags):
-        cdef Carried carried
-        if not flags & FLAG_CONTEXT:
-            return self._read_payload(decoder, size, flags)
-        carried = Carried.__new__(Carried)
-        memcpy(&carried.context, decoder.take(8), 8)
-        memcpy(&carried.link, decoder.take(8), 8)
-        carried.tensors = decoder.linked = []
-        carried.value = self._read_payload(decoder, size, flags)
-        return carried
-
-    cdef object _read_payload(self, Decoder decoder, uint64_t size, int flags):
-        cdef uint64_t count, length
-        cdef const char* at
-        cdef Lease lease = decoder.lease
-        if not flags & (FLAG_PICKLED | FLAG_PLAIN):
-            return decode_value(decoder, 0)
-        if not flags & FLAG_PICKLED:
-            return decode_plain(decoder)
-        if self.strict:
-            raise StrictModeError(f"{self.info} is strict and does not read {size} bytes of pickle: arguments, results and values "
-                                  "must be plain data, or all workers of the job have strict=False")
-        memcpy(&count, decoder.take(8), 8)
-        memcpy(&length, decoder.take(8), 8)
-        if count > size // 8:
-            raise ProtocolError(f"a pickle with {count} buffers in {size} bytes")
-        sizes = []
-        for _ in range(count):
-            sizes.append(_number(decoder))
-        data = PyBytes_FromStringAndSize(decoder.take(length), length)
-        whole = None if lease is None else memoryview(lease)
-        buffers = []  # of one type, whatever their size
-        for length in sizes:
-            at = decoder.aligned(length) if length else NULL
-            if lease is not None and length >= LEASE_FROM:
-                buffers.append(whole[at - lease.start:at - lease.start + length])
-            else:
-                buffers.append(_copied(at, length))
-        return loads(data, buffers, decoder.references, self.claim_block, decoder.linked)
 
     cdef bint inherits(self, double timeout_s, int64_t deadline_ns) noexcept:
         """Whether a call of this thread has to be over when the one around it has, and not by a timeout of its own."""
@@ -902,24 +519,3 @@ cdef int64_t _deadline(double timeout_s) noexcept:
 
 cdef bint _may_wait(unsigned kind) noexcept:
     return kind == PYTHON_CALL or kind == PYTHON_REMOTE_CALL or kind == RREF_FETCH_CALL
-
-
-cdef object _copied(const char* start, uint64_t size):
-    """A writable copy of a buffer; of a large one in memory that is warm."""
-    cdef unsigned char[::1] room
-    cdef int depth
-    if size < COPIED_WARM_FROM:
-        return memoryview(PyByteArray_FromStringAndSize(start, size))
-    copy = memoryview(WarmBuffer(size))
-    room = copy
-    depth = nogc_pause()
-    with nogil:
-        memcpy(&room[0], start, size)
-    nogc_resume(depth)
-    return copy
-
-
-cdef object _number(Decoder decoder):
-    cdef uint64_t number
-    memcpy(&number, decoder.take(8), 8)
-    return number
