@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("fastref")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell has what it runs in the background ignore it, and all that this starts: Ctrl-C is what some tests are about.
+    # A shell has what it runs in the background ignore it, and all that starts from there; some tests are about it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not under TMPDIR: the path of a unix socket has 107 characters at most.
     scratch = Path(tempfile.mkdtemp(prefix="fr-", dir=os.environ.get("FASTREF_TEST_SCRATCH", "/tmp")))

@@ -1,9 +1,9 @@
-"""Tensors: sent, fetched, read, published, and fetched from an owner that computes."""
+"""Tensors: sent, fetched, read, published, fetched from an owner that computes, and gradients on their way back."""
 
 from benchmarks.side_by_side import BACKENDS, assert_done, run_side_by_side
 from fastref.bench.rows import ROW_GROUPS
 
-TENSORS = ROW_GROUPS["tensors"]
+TENSORS = [*ROW_GROUPS["tensors"], *ROW_GROUPS["training"]]
 
 
 class Tensors:

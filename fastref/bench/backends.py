@@ -16,13 +16,14 @@ from fastref.bench.hosts import ADDRESSES, why_not_two_hosts
 from fastref.bench.objects import ObjectCaller, RpcPeer
 from fastref.bench.peers import PEERS
 from fastref.bench.tensors import TensorCaller
+from fastref.bench.training import TrainingCaller
 from fastref.bench.wires import LOOPBACK, WIRE_ROWS, WIRES, WireCaller, free_port
 from fastref.errors import FastrefError
 
 __all__ = ["BACKENDS", "RpcBackend"]
 
 
-class RpcCaller(TensorCaller, ObjectCaller):
+class RpcCaller(TensorCaller, TrainingCaller, ObjectCaller):
     """All rows that are calls."""
 
     def __init__(self, rpc: ModuleType) -> None:

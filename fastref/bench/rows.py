@@ -146,6 +146,16 @@ _WIRES = {
     "wire_echo_64m": Row("method that echoes 64 MiB over TCP", "us", "wires", None, "wire_echo_64m"),
 }
 
+# What is left when the same step in one process is subtracted.
+_TRAINING = {
+    "step_small": Row(
+        "training step over two workers, 512 B of activations", "us", "training", Reach(times=20), "step_small"
+    ),
+    "step_16m": Row(
+        "training step over two workers, 16 MiB of activations", "us", "training", Reach(times=3), "step_16m"
+    ),
+}
+
 _COSTS = {
     "idle_cpu": Row("idle worker, CPU", "%", "costs", Reach(at_most=0.5, strictly=True)),
     "idle_threads": Row("idle worker, threads", "", "costs", Reach(at_most=6)),
@@ -154,7 +164,7 @@ _COSTS = {
     "memory": Row("memory per worker beyond torch's import", "MiB", "costs", Reach(at_most=16)),
 }
 
-ROWS: dict[str, Row] = {**_CALLS, **_TENSORS, **_PEERS, **_WIRES, **_COSTS}
+ROWS: dict[str, Row] = {**_CALLS, **_TENSORS, **_PEERS, **_WIRES, **_TRAINING, **_COSTS}
 ROW_GROUPS: dict[str, list[str]] = {}
 for _name, _row in ROWS.items():
     ROW_GROUPS.setdefault(_row.group, []).append(_name)
